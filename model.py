@@ -1,0 +1,216 @@
+""" GPT: the whole model in one file, with the parameter names of OpenAI's GPT-2.
+
+Sizes in the comments: B batch, T positions of the input, V vocabulary, C = n_embd channels,
+nh = n_head heads of hs = C / nh channels each.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class GPTConfig:
+    """ the size and kind of a GPT; ValueError where the numbers do not fit together """
+    block_size: int = 1024     # longest context, in tokens
+    vocab_size: int = 50304    # GPT-2's 50257, rounded up to a multiple of 64 for speed
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True          # in linear and norm layers, as GPT-2; False is a little better and faster
+    gelu: str = 'none'         # F.gelu's approximate=: 'none' is exact (erf), 'tanh' is what OpenAI trained GPT-2 with
+
+    def __post_init__(self):
+        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
+        if self.gelu not in ('none', 'tanh'):
+            raise ValueError(f"gelu='{self.gelu}' must be 'none' (exact) or 'tanh'")
+
+
+class CausalSelfAttention(nn.Module):
+    """ every position gathers from the positions it may see, one pattern per head """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)   # query, key and value at once
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.n_head, self.dropout = config.n_head, config.dropout
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        B, T, C = x.shape
+        heads = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)   # (B, T, 3, nh, hs)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)                                # (B, nh, T, hs) each
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask, self.dropout if self.training else 0.0, is_causal)
+        y = y.transpose(1, 2).reshape(B, T, C)                                # heads side by side again
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    """ the same two-layer network at every position """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+        self.gelu = config.gelu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu)))   # C -> 4C -> C
+
+
+class Block(nn.Module):
+    """ attention between positions, then computation at each one; both add to the residual stream """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        x = x + self.attn(self.ln_1(x), attn_mask, is_causal)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """ token ids in, logits over the next token out """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        # the order of creation is the order of the random numbers, so that a seed gives nanoGPT's weights
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+        ))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight   # tied, https://arxiv.org/abs/1608.05859
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """ GPT-2's: normal with std 0.02, biases 0, and projections into the residual stream scaled down """
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        # each block adds to the stream twice, so its variance would grow with 2 * n_layer
+        for name, parameter in self.named_parameters():
+            if name.endswith('c_proj.weight'):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
+
+    def _embed(self, idx: Tensor) -> Tensor:
+        """ ids (B, T) to vectors (B, T, C): what the token is plus where it stands """
+        positions = torch.arange(idx.shape[1], device=idx.device)
+        return self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
+
+    def _visible(self) -> tuple[Tensor | None, bool]:
+        """ (attn_mask, is_causal) of one forward: the only place that decides which positions a position sees
+
+        Text before an end-of-text token stays visible: documents are told apart by the token, as GPT-2 was trained.
+        """
+        return None, True
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """ logits and loss for token ids idx (B, T) int64
+
+        With targets (B, T): logits (B, T, V) and the mean cross-entropy in nats per token over targets != -1.
+        Without: logits (B, 1, V) of the last position and None. ValueError if T is over block_size.
+        """
+        if idx.shape[1] > self.config.block_size:
+            raise ValueError(f"{idx.shape[1]} tokens do not fit block_size={self.config.block_size}, crop them")
+        x = self._embed(idx)                                   # (B, T, C)
+        attn_mask, is_causal = self._visible()
+        for block in self.transformer.h:
+            x = block(x, attn_mask, is_causal)
+        x = self.transformer.ln_f(x)
+        if targets is None:
+            return self.lm_head(x[:, -1:]), None               # (B, 1, V)
+        logits = self.lm_head(x)                               # (B, T, V)
+        loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=-1)
+        return logits, loss
+
+    # ---- size and cost
+
+    def get_num_params(self, non_embedding: bool = True) -> int:
+        """ number of parameters; the position table is left out by default, the token table is the head and counts """
+        total = sum(p.numel() for p in self.parameters())
+        return total - self.transformer.wpe.weight.numel() if non_embedding else total
+
+    def flops_per_token(self) -> int:
+        """ FLOPs of forward and backward for a token of a full context (PaLM, https://arxiv.org/abs/2204.02311, B)
+
+        6 per parameter (a multiplication and an addition, three times: backward is two products for one), and for
+        attention 12 * L * H * Q * T, which counts the full square of scores, masked or not.
+        """
+        attention = 12 * self.config.n_layer * self.config.n_embd * self.config.block_size   # H * Q = n_embd
+        return 6 * self.get_num_params() + attention
+
+    def estimate_mfu(self, fwdbwd_per_iter: float, dt: float, *, peak_flops: float = 312e12) -> float:
+        """ model FLOPS utilization: the share of peak_flops (FLOP/s; an A100's in bfloat16 as in nanoGPT) that is reached
+
+        fwdbwd_per_iter: sequences of block_size tokens per iteration; dt: seconds per iteration.
+        """
+        return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak_flops
+
+    def crop_block_size(self, block_size: int) -> None:
+        """ shorten the longest context, in place; ValueError if it would grow """
+        if not 1 <= block_size <= self.config.block_size:
+            raise ValueError(f"block_size={block_size} must be 1 to {self.config.block_size}: a model can only be cropped")
+        self.config.block_size = block_size
+        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight.detach()[:block_size].clone())
+
+    # ---- training and sampling
+
+    def configure_optimizers(self, weight_decay: float, learning_rate: float, betas: tuple[float, float],
+                             device_type: str, *, eps: float = 1e-8) -> torch.optim.AdamW:
+        """ AdamW that decays tensors of two or more dimensions (embeddings too) and leaves biases and norms alone """
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        groups = [{'params': [p for p in parameters if p.dim() >= 2], 'weight_decay': weight_decay},
+                  {'params': [p for p in parameters if p.dim() < 2], 'weight_decay': 0.0}]
+        fused = device_type in ('cuda', 'cpu')   # one kernel for the whole update
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=fused)
+
+    @torch.no_grad()
+    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, *,
+                 num_ids: int | None = None) -> Tensor:
+        """ idx (B, T) with max_new_tokens more tokens, each drawn from the softmax of logits / temperature
+
+        temperature 0 takes the likeliest token. top_k keeps the k likeliest, None or 0 keeps all. num_ids keeps the
+        first ids only: a padded vocabulary has more logits than tokens. Only the last block_size tokens are seen.
+        """
+        if temperature < 0 or idx.shape[1] < 1:
+            raise ValueError(f"temperature={temperature} must not be negative" if temperature < 0 else "the prompt is empty")
+        for _ in range(max_new_tokens):
+            logits, _ = self(idx[:, -self.config.block_size:])                        # (B, 1, V)
+            next_id = _draw(logits[:, -1, :num_ids].float(), temperature, top_k)      # (B, 1)
+            idx = torch.cat((idx, next_id), dim=1)
+        return idx
+
+
+def _draw(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
+    """ one id per row of logits (B, V), as (B, 1) """
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    if top_k:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    probabilities = F.softmax(logits / temperature, dim=-1)
+    if probabilities.device.type == 'mps':   # there multinomial may draw ids of probability 0 (pytorch 92752)
+        probabilities = probabilities.cpu()
+    return torch.multinomial(probabilities, num_samples=1).to(logits.device)

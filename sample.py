@@ -1,0 +1,68 @@
+""" Print text from a trained model.
+
+$ python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --temperature=0.8 --top_k=200
+$ python sample.py --out_dir=out-shakespeare-char --start=FILE:prompt.txt --num_samples=3 --max_new_tokens=100
+"""
+import sys
+
+from configurator import configure
+
+# ---- configuration
+init_from = 'resume'      # a checkpoint in out_dir
+out_dir = 'out'
+ckpt = 'best'             # lowest validation loss, or 'last'
+start = "\n"              # the prompt, or FILE: and the name of a text file; '' starts a new document
+num_samples = 10
+max_new_tokens = 500      # in each sample
+temperature = 0.8         # below 1 more predictable, above 1 more varied, 0 always the likeliest token
+top_k = 200               # draw from the k likeliest tokens only, 0: from all
+seed = 1337
+device = 'auto'           # cuda, mps, cpu, cuda:1, ...
+dtype = 'auto'            # bfloat16, float16, float32
+compile = False           # torch.compile: pays for long samples only
+config = configure(globals())
+
+import torch
+
+import checkpoint
+from common import autocast, fail, one_line_errors, require, resolve_device, resolve_dtype, try_compile
+from dataset import tokenizer_of
+from model import GPT
+
+# ---- set-up
+if init_from != 'resume':
+    fail(f"--init_from={init_from} is not resume")
+require(config, 1, 'num_samples', 'max_new_tokens')
+require(config, 0, 'temperature', 'top_k')
+device = resolve_device(device)
+device_type = torch.device(device).type
+context = autocast(device_type, resolve_dtype(dtype, device_type))
+torch.manual_seed(seed)
+if hasattr(sys.stdout, 'reconfigure'):
+    sys.stdout.reconfigure(encoding='utf-8', errors='replace')   # models write characters that a console may not know
+
+# ---- model
+trained = checkpoint.load(checkpoint.find(out_dir, ckpt))
+tokenizer = tokenizer_of(trained)
+model = checkpoint.build_model(trained, dropout=0.0).to(device).eval()
+
+# ---- prompt
+if start.startswith('FILE:'):
+    try:
+        with open(start[5:], encoding='utf-8') as file:
+            start = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"the prompt in --start={start} cannot be read: {error}")
+with one_line_errors():
+    ids = tokenizer.encode(start, special=True).tolist() or [tokenizer.start]
+if len(ids) > model.config.block_size:
+    print(f"note: of the prompt's {len(ids):,} tokens the model sees the last {model.config.block_size:,}", file=sys.stderr)
+x = torch.tensor([ids], device=device).repeat(num_samples, 1)   # (num_samples, T)
+
+# ---- samples
+with torch.no_grad(), context:
+    if compile:
+        model = try_compile(model, lambda compiled: compiled(x[:, -model.config.block_size:]), device, dynamic=True)
+    samples = GPT.generate(model, x, max_new_tokens, temperature, top_k, num_ids=tokenizer.vocab_size)
+for sample in samples.tolist():
+    print(tokenizer.decode(sample), '-' * 15, sep='\n')

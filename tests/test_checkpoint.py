@@ -1,0 +1,252 @@
+""" checkpoint.py: atomic, verified, harmless, exchangeable with nanoGPT. """
+import os
+import pickle
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import pytest
+import torch
+from conftest import ROOT
+
+from checkpoint import build_model, crop, find, load, load_optimizer, model_args, move_aside, save
+from model import GPT, GPTConfig
+
+SMALL = dict(block_size=8, vocab_size=20, n_layer=1, n_head=2, n_embd=16)
+
+
+def trained(steps=3, **changes):
+    """ a model and its optimizer after a few steps """
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**SMALL, **changes}))
+    optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu')
+    for _ in range(steps):
+        x = torch.randint(20, (2, model.config.block_size))
+        optimizer.zero_grad()
+        model(x, x)[1].backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def state_of(model, optimizer, **more):
+    return {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'model_args': model_args(model.config),
+            'iter_num': 3, 'best_val_loss': 2.5, 'config': {'dataset': 'x'}, **more}
+
+
+def refusal(call, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        call(*arguments)
+    assert '\n' not in str(stop.value.code)
+    return str(stop.value.code)
+
+
+def test_round_trip(here):
+    model, optimizer = trained()
+    assert save('out/ckpt.pt', state_of(model, optimizer)) and os.listdir('out') == ['ckpt.pt']
+    loaded = load('out/ckpt.pt')
+    assert loaded['iter_num'] == 3 and loaded['best_val_loss'] == 2.5
+    again = build_model(loaded)
+    assert again.transformer.wte.weight is again.lm_head.weight
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor)
+    x = torch.randint(20, (2, 8))
+    assert torch.equal(again.eval()(x)[0], model.eval()(x)[0])
+
+
+def test_building_a_model_draws_no_random_numbers(here):
+    model, optimizer = trained()
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    build_model(state_of(model, optimizer))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_options_at_their_default_are_left_out_for_nanogpt():
+    assert list(model_args(GPTConfig(**SMALL))) == ['block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias']
+    assert model_args(GPTConfig(**SMALL, gelu='tanh'))['gelu'] == 'tanh'
+
+
+@dataclass
+class NanoGPTConfig:
+    """ the fields that nanoGPT's GPTConfig accepts """
+    block_size: int = 1024
+    vocab_size: int = 50304
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True
+
+
+def test_what_nanogpt_reads_is_there(here):
+    """ its sample.py passes model_args on, strips _orig_mod. and loads the weights; its train.py also reads the rest """
+    model, optimizer = trained()
+    save('ckpt.pt', state_of(model, optimizer, tokenizer={'name': 'char', 'chars': 'ab'}))
+    theirs = torch.load('ckpt.pt', map_location='cpu', weights_only=True)
+    assert {'model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config'} <= set(theirs)
+    NanoGPTConfig(**theirs['model_args'])
+    assert [len(group['params']) for group in theirs['optimizer']['param_groups']] == [6, 10]   # decayed, then not
+
+
+def test_nanogpts_checkpoints_load(here):
+    """ from a compiled model, with the causal mask of old versions and a loss that is a tensor """
+    model, optimizer = trained()
+    state = state_of(model, optimizer, best_val_loss=torch.tensor(2.5))
+    state['model'] = {f'_orig_mod.{name}': tensor for name, tensor in state['model'].items()}
+    state['model']['_orig_mod.transformer.h.0.attn.bias'] = torch.ones(1, 1, 8, 8)
+    torch.save(state, 'ckpt.pt')
+    x = torch.randint(20, (2, 8))
+    assert torch.equal(build_model(load('ckpt.pt'))(x)[0], model(x)[0])
+
+
+def test_best_and_last(here):
+    model, optimizer = trained()
+    assert refusal(find, 'out') == "error: no checkpoint in 'out'; train one: python train.py CONFIG --out_dir=out"
+    save('out/ckpt.pt', state_of(model, optimizer))
+    assert '--out_dir=out has one' in refusal(find, 'elsewhere')
+    assert find('out', 'best') == find('out', 'last') == os.path.join('out', 'ckpt.pt')   # nanoGPT's folders have no best
+    save('out/ckpt_best.pt', state_of(model, optimizer))
+    assert find('out', 'best') == os.path.join('out', 'ckpt_best.pt') and find('out') == os.path.join('out', 'ckpt.pt')
+    assert 'neither best nor last' in refusal(find, 'out', 'latest')
+
+
+def test_an_earlier_run_is_moved_aside(here, capsys):
+    move_aside('out')
+    for number in (1, 2):
+        os.makedirs('out', exist_ok=True)
+        for name in ('ckpt.pt', 'log.jsonl'):
+            open(f'out/{name}', 'w').write(str(number))
+        move_aside('out')
+        assert sorted(os.listdir(f'out/old-{number}')) == ['ckpt.pt', 'log.jsonl']
+        assert open(f'out/old-{number}/ckpt.pt').read() == str(number)
+    assert sorted(os.listdir('out')) == ['old-1', 'old-2'] and capsys.readouterr().out.count('\n') == 2
+
+
+# ---- faults
+
+class _Hostile:
+    def __reduce__(self):
+        return os.system, ('touch hacked',)
+
+
+def test_a_hostile_checkpoint_runs_nothing(here):
+    model, optimizer = trained()
+    torch.save(state_of(model, optimizer, config=_Hostile()), 'ckpt.pt')
+    assert 'could run code' in refusal(load, 'ckpt.pt')
+    open('raw.pt', 'wb').write(pickle.dumps(_Hostile()))
+    assert 'damaged or not a checkpoint' in refusal(load, 'raw.pt')
+    assert not os.path.exists('hacked')
+
+
+def test_a_flipped_bit_and_a_cut_file_are_noticed(here):
+    save('ckpt.pt', state_of(*trained()))
+    whole = open('ckpt.pt', 'rb').read()
+    weight = load('ckpt.pt')['model']['lm_head.weight'].numpy().tobytes()
+    rng = random.Random(0)
+    for _ in range(10):
+        at = whole.index(weight) + rng.randrange(len(weight))
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << rng.randrange(8)
+        open('bad.pt', 'wb').write(damaged)
+        assert 'bad.pt is damaged' in refusal(load, 'bad.pt')
+        open('bad.pt', 'wb').write(whole[:rng.randrange(len(whole))])
+        assert 'bad.pt is damaged' in refusal(load, 'bad.pt')
+
+
+@pytest.mark.parametrize('content', [{}, {'model': {}}, {'model': {'a': 1}, 'model_args': 3}, {'model': 1, 'model_args': {}}, [1], torch.ones(3)])
+def test_other_torch_files_are_no_checkpoints(here, content):
+    torch.save(content, 'x.pt')
+    assert 'x.pt is not a GPT checkpoint' in refusal(load, 'x.pt')
+
+
+def test_models_that_are_not_ours_are_refused():
+    state = state_of(*trained())
+    for wrong in ({'n_layer': 2}, {'n_embd': 15}, {'rotary': True}, {'vocab_size': 21}):
+        changed = {**state, 'model_args': {**state['model_args'], **wrong}}
+        assert "model is not one of ours" in refusal(build_model, changed)
+
+
+def test_what_is_not_finite_is_never_saved(here, capsys):
+    model, optimizer = trained()
+    assert save('ckpt.pt', state_of(model, optimizer))
+    before = open('ckpt.pt', 'rb').read()
+    with torch.no_grad():
+        model.transformer.ln_f.weight[0] = float('nan')
+    assert not save('ckpt.pt', state_of(model, optimizer))
+    assert 'a weight is not finite' in capsys.readouterr().out
+    assert open('ckpt.pt', 'rb').read() == before and os.listdir() == ['ckpt.pt']
+
+
+def test_too_little_space_is_noticed_first(here, capsys, monkeypatch):
+    model, optimizer = trained()
+    monkeypatch.setattr('shutil.disk_usage', lambda _: type('Usage', (), {'free': 1000}))
+    assert not save('ckpt.pt', state_of(model, optimizer)) and os.listdir() == []
+    assert 'MB free' in capsys.readouterr().out
+
+
+def test_a_write_that_fails_half_way_keeps_the_old_file(here, capsys):
+    """ the operating system refuses to let a file grow beyond 20 kB, as a full disk would """
+    model, optimizer = trained()
+    save('ckpt.pt', state_of(model, optimizer))
+    before, limits = open('ckpt.pt', 'rb').read(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        assert not save('ckpt.pt', state_of(model, optimizer))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert open('ckpt.pt', 'rb').read() == before and os.listdir() == ['ckpt.pt']
+    assert 'was not saved' in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_kill_during_save_leaves_a_whole_checkpoint(here):
+    """ SIGKILL at random moments of a process that does nothing but save """
+    code = "import checkpoint, torch; state = {'model': {'w': torch.ones(2_000_000)}, 'model_args': {}, 'n': 0}\n" \
+           "while True:\n    state['n'] += 1\n    checkpoint.save('ckpt.pt', state)"
+    caught = 0
+    for seed in range(5):
+        process = subprocess.Popen([sys.executable, '-c', code], env={**os.environ, 'PYTHONPATH': ROOT})
+        while not os.path.exists('ckpt.pt'):
+            time.sleep(0.01)
+        time.sleep(random.Random(seed).random() * 0.2)
+        process.kill()
+        process.wait()
+        caught += os.path.exists('ckpt.pt.tmp')   # what it was writing; the next save overwrites it
+        assert load('ckpt.pt')['n'] >= 1
+        os.remove('ckpt.pt')
+    assert caught, "no kill hit a save"
+
+
+# ---- resuming
+
+def test_crop_keeps_the_moments_in_step():
+    model, optimizer = trained()
+    state = state_of(model, optimizer)
+    table, moments = model.transformer.wpe.weight, optimizer.state[model.transformer.wpe.weight]
+    crop(state, 4)
+    short = build_model(state)
+    assert torch.equal(short.transformer.wpe.weight, table[:4])
+    fresh = short.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu')
+    load_optimizer(fresh, state['optimizer'])
+    for key in ('exp_avg', 'exp_avg_sq'):
+        assert torch.equal(fresh.state[short.transformer.wpe.weight][key], moments[key][:4])
+    x = torch.randint(20, (2, 4))
+    short(x, x)[1].backward()
+    fresh.step()
+
+
+def test_moments_are_loaded_and_settings_are_not():
+    model, optimizer = trained()
+    fresh = model.configure_optimizers(0.3, 5e-3, (0.8, 0.9), 'cpu', eps=1e-5)
+    load_optimizer(fresh, optimizer.state_dict())
+    decayed, free = fresh.param_groups
+    assert (decayed['weight_decay'], free['weight_decay']) == (0.3, 0.0)
+    assert (decayed['lr'], decayed['betas'], decayed['eps'], decayed['fused']) == (5e-3, (0.8, 0.9), 1e-5, True)
+    for p in model.parameters():
+        assert torch.equal(fresh.state[p]['exp_avg'], optimizer.state[p]['exp_avg'])

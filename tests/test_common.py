@@ -1,0 +1,113 @@
+""" common.py: devices, dtypes, peak FLOPS, atomic files, random state, compilation. """
+import contextlib
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from common import atomic_write, duration, peak_flops, print0, resolve_device, resolve_dtype, rng_state, set_rng_state, try_compile
+
+
+@pytest.mark.parametrize('cuda, mps, expected', [(True, True, 'cuda'), (False, True, 'mps'), (False, False, 'cpu')])
+def test_device_auto(monkeypatch, cuda, mps, expected):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: mps)
+    assert resolve_device('auto') == expected
+
+
+@pytest.mark.parametrize('device', ['nonsense', 'cpu:x', pytest.param('cuda', marks=pytest.mark.skipif(
+    torch.cuda.is_available(), reason="there is CUDA here"))])
+def test_a_device_that_is_not_there(device):
+    with pytest.raises(SystemExit, match=f'error: --device={device} cannot be used here.*--device=auto'):
+        resolve_device(device)
+
+
+@pytest.mark.parametrize('device, native_bf16, expected', [
+    ('cuda', True, torch.bfloat16), ('cuda', False, torch.float16), ('cpu', False, torch.float32), ('cpu', True, torch.bfloat16),
+    ('mps', False, torch.float32)])
+def test_dtype_auto(monkeypatch, device, native_bf16, expected):
+    """ a T4 emulates bfloat16: is_bf16_supported() is True there and is_bf16_supported(including_emulation=False) is not """
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: native_bf16 or including_emulation)
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {'avx512_bf16': native_bf16})
+    assert resolve_dtype('auto', device) is expected
+    assert resolve_dtype('float16', device) is torch.float16
+    with pytest.raises(SystemExit, match='--dtype=fp16 is none of auto, float32, bfloat16, float16'):
+        resolve_dtype('fp16', device)
+
+
+@pytest.mark.parametrize('name, bf16, fp16', [
+    ('NVIDIA A100-SXM4-80GB', 312, 312), ('NVIDIA H100 80GB HBM3', 989, 989), ('NVIDIA H100 PCIe', 756, 756),
+    ('NVIDIA H100 NVL', 835, 835), ('NVIDIA H200', 989, 989), ('NVIDIA H200 NVL', 835, 835), ('NVIDIA B200', 2250, 2250),
+    ('NVIDIA GB200', 2500, 2500), ('NVIDIA L4', 121, 121), ('NVIDIA L40S', 362, 362), ('NVIDIA A10', 125, 125),
+    ('NVIDIA GeForce RTX 4090', 165.2, 165.2), ('NVIDIA GeForce RTX 3090', 71, 71), ('Tesla T4', None, 65),
+    ('Tesla V100-SXM2-16GB', None, 125), ('Tesla V100-PCIE-32GB', None, 112), ('Tesla V100S-PCIE-32GB', None, 130),
+    # near misses must not be given another card's figure
+    ('NVIDIA A10G', None, None), ('NVIDIA L40', None, None), ('NVIDIA GH200 480GB', None, None), ('cpu', None, None),
+    ('NVIDIA GeForce RTX 4090 D', None, None), ('NVIDIA GeForce RTX 4090 Laptop GPU', None, None),
+    ('NVIDIA GeForce RTX 3090 Ti', None, None), ('NVIDIA H100 80GB HBM3 MIG 1g.10gb', None, None)])
+def test_peak_flops(name, bf16, fp16):
+    for dtype, tera in ((torch.bfloat16, bf16), (torch.float16, fp16), (torch.float32, None)):
+        assert peak_flops(name, dtype) == (tera and tera * 1e12)
+
+
+def test_atomic_write_is_all_or_nothing(here):
+    with atomic_write('file') as file:
+        file.write(b'old')
+        assert not os.path.exists('file')
+    for error in (KeyboardInterrupt, OSError):
+        with contextlib.suppress(error), atomic_write('file') as file:
+            file.write(b'new')
+            raise error
+        assert open('file', 'rb').read() == b'old' and os.listdir() == ['file']
+
+
+def test_rng_state_round_trip():
+    state = rng_state('cpu')
+    drawn = torch.rand(3)
+    set_rng_state(state, 'cpu')
+    assert torch.equal(torch.rand(3), drawn)
+
+
+def test_duration():
+    assert [duration(s) for s in (0.4, 59.4, 200, 7260)] == ['0s', '59s', '3m20s', '2h01m']
+
+
+def test_only_rank_0_prints(capsys, monkeypatch):
+    print0('one')
+    monkeypatch.setenv('RANK', '1')
+    print0('two')
+    assert capsys.readouterr().out == 'one\n'
+
+
+def test_compilation_falls_back_to_eager_with_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(torch, 'compile', lambda model: model)
+    model, state = torch.nn.Linear(2, 2), torch.get_rng_state()
+
+    def run(compiled):
+        torch.rand(3)   # compiling and trying must not move the random numbers of training
+        raise RuntimeError("no compiler found\nat length")
+    assert try_compile(model, run, 'cpu') is model
+    assert torch.equal(torch.get_rng_state(), state)
+    assert capsys.readouterr().out == "warning: torch.compile does not work here (no compiler found), running eager\n"
+
+
+@pytest.mark.slow
+def test_compilation_without_a_compiler(here):
+    """ a real failure: the C++ compiler that torch.compile would call does not exist """
+    code = "import torch, common; m = torch.nn.Linear(2, 2); print(common.try_compile(m, lambda c: c(torch.ones(1, 2)), 'cpu') is m)"
+    environment = {**os.environ, 'CXX': '/nonexistent/c++', 'TORCHINDUCTOR_CACHE_DIR': str(here), 'PYTHONPATH': ROOT}
+    done = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True)
+    assert done.stdout.startswith('warning: torch.compile does not work here') and done.stdout.endswith('running eager\nTrue\n')
+
+
+@pytest.mark.slow
+def test_importing_does_nothing():
+    """ no output, no random numbers drawn, no CUDA, no heavy optional library """
+    code = "import torch; s = torch.get_rng_state(); import model, common, dataset, checkpoint, logger, configurator, sys; " \
+           "assert torch.equal(s, torch.get_rng_state()) and not torch.cuda.is_initialized(); " \
+           "assert not {'wandb', 'tiktoken', 'transformers'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, '', '')

@@ -1,0 +1,318 @@
+""" train.py, the real script: what it learns, says, saves, continues and refuses. """
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+import model as model_module
+from checkpoint import load
+
+
+def records(kind, path='out/log.jsonl'):
+    return [record for record in map(json.loads, open(path)) if kind in record]
+
+
+def tensors(path='out/ckpt.pt'):
+    """ every weight, moment and step count, by name """
+    checkpoint = load(path)
+    moments = {f'{i} {key}': value for i, state in checkpoint['optimizer']['state'].items() for key, value in state.items()}
+    return {**checkpoint['model'], **moments, 'rng': checkpoint['rng']['cpu']}
+
+
+def equal(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_run_from_start_to_sample(tiny, script, capsys):
+    script('train.py', *TINY, '--log_interval=2')
+    lines = capsys.readouterr().out.splitlines()
+    steps = [line for line in lines if line.startswith('step ')]
+    iters = [line for line in lines if line.startswith('iter ')]
+    assert [line.split(':')[0] for line in steps] == ['step 0', 'step 6']
+    assert [line.split(':')[0] for line in iters] == ['iter 0', 'iter 2', 'iter 4']
+    parts = [part.split()[0] for part in iters[1].split(': ')[1].split(', ')]
+    assert parts[:4] == ['loss', 'lr', 'norm', 'time'] and iters[1].count('tok/s') == 1
+    assert 'mfu n/a' in iters[1] and 'eta ' in iters[1]   # no peak is known for a CPU
+    assert lines[-1] == 'sample from it: python sample.py --out_dir=out'
+    assert sorted(os.listdir('out')) == ['ckpt.pt', 'ckpt_best.pt', 'log.jsonl']
+    script('sample.py', '--out_dir=out', '--device=cpu', '--num_samples=2', '--max_new_tokens=5')
+    text = capsys.readouterr().out
+    assert text.count('---------------\n') == 2 and set(text) <= set('\nabcdefgh-')
+
+
+def test_max_iters_is_the_number_of_updates(tiny, script):
+    script('train.py', *TINY)
+    assert load('out/ckpt.pt')['iter_num'] == 6 and tensors()['0 step'] == 6
+    assert [record['iter'] for record in records('loss')] == [0, 1, 2, 3, 4, 5]
+
+
+def test_it_learns_a_pattern(tiny, script):
+    pattern = np.tile(np.arange(8, dtype='uint16'), 200)
+    for name in ('train', 'val'):
+        pattern.tofile(f'data/tiny/{name}.bin')
+    os.remove('data/tiny/meta.json')
+    script('train.py', *TINY, '--max_iters=100', '--learning_rate=2e-2')
+    assert records('val_loss')[-1]['val_loss'] < 0.1
+
+
+@pytest.mark.parametrize('options', [['--dropout=0.3'], ['--dropout=0.3', '--dtype=bfloat16'], ['--dropout=0.3', '--dtype=float16']])
+def test_resume_is_exact(tiny, script, options):
+    """ N steps straight equal N/2 and N/2, in every weight and moment, with dropout on """
+    script('train.py', *TINY, *options, '--out_dir=straight')
+    script('train.py', *TINY, *options, '--max_iters=3')
+    assert not equal(tensors(), tensors('straight/ckpt.pt'))
+    script('train.py', *TINY, *options, '--init_from=resume')
+    assert equal(tensors(), tensors('straight/ckpt.pt'))
+    assert load('out/ckpt.pt')['scaler'] == load('straight/ckpt.pt')['scaler']
+    losses = [[(r['iter'], r['loss'], r['grad_norm'], r['lr']) for r in records('loss', f'{d}/log.jsonl')] for d in ('out', 'straight')]
+    assert losses[0] == losses[1]
+
+
+def test_evaluation_does_not_change_training(tiny, script):
+    script('train.py', *TINY, '--dropout=0.3', '--out_dir=a')
+    script('train.py', *TINY, '--dropout=0.3', '--out_dir=b', '--eval_interval=1', '--eval_iters=5')
+    assert equal(tensors('a/ckpt.pt'), tensors('b/ckpt.pt'))
+
+
+def test_an_evaluation_sees_the_same_batches_every_time(tiny, script):
+    script('train.py', *TINY, '--learning_rate=0', '--min_lr=0', '--weight_decay=0', '--eval_interval=2')
+    assert len({(r['train_loss'], r['val_loss']) for r in records('val_loss')}) == 1 and len(records('val_loss')) == 4
+
+
+def test_accumulated_micro_steps_are_one_large_batch(tiny, script, monkeypatch):
+    """ the gradient and the reported loss are means over all micro-steps; 2 x 4 sequences here, against one batch of 8 """
+    result = script('train.py', *TINY, '--max_iters=1', '--learning_rate=0', '--grad_clip=0')
+    rows = torch.cat([result['splits']['train'].batch(4, 8, 1337, 'train', step) for step in (0, 1)])
+    torch.manual_seed(1337)
+    model = model_module.GPT(model_module.GPTConfig(8, 9, 2, 2, 16, bias=False))
+    loss = model(rows[:, :-1], rows[:, 1:])[1]
+    loss.backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    record = records('loss')[0]
+    assert record['loss'] == pytest.approx(loss.item(), abs=1e-6) and record['grad_norm'] == pytest.approx(norm.item(), rel=1e-5)
+
+
+def test_the_schedule(tiny, script):
+    get_lr = script('train.py', *TINY, '--max_iters=0', '--learning_rate=1', '--min_lr=0.1', '--warmup_iters=9', '--lr_decay_iters=109')['get_lr']
+    assert [get_lr(0), get_lr(8)] == pytest.approx([0.1, 0.9])        # lr * (it + 1) / (warmup_iters + 1)
+    assert get_lr(9) == 1 and get_lr(59) == pytest.approx(0.55)        # top, and half-way down
+    assert [get_lr(109), get_lr(110), get_lr(10**9)] == [0.1, 0.1, 0.1]
+    get_lr = script('train.py', *TINY, '--max_iters=0', '--min_lr=0.1', '--warmup_iters=5', '--lr_decay_iters=5')['get_lr']
+    assert get_lr(5) == 0.1
+    assert script('train.py', *TINY, '--max_iters=0', '--decay_lr=False')['get_lr'](0) == 1e-2
+
+
+def test_a_warm_up_that_never_ends_is_pointed_out(tiny, script, capsys):
+    script('train.py', *TINY, '--max_iters=0', '--warmup_iters=200')
+    assert 'warning: warmup_iters=200 is not below lr_decay_iters=100' in capsys.readouterr().out
+
+
+def test_the_best_is_kept_when_the_latest_gets_worse(tiny, script):
+    script('train.py', *TINY, '--learning_rate=0.5', '--min_lr=0.5', '--max_iters=8', '--eval_interval=2')
+    losses = {r['iter']: r['val_loss'] for r in records('val_loss')}
+    best = min(losses, key=losses.get)
+    assert best != 8, "the run was meant to get worse"
+    saved, latest = load('out/ckpt_best.pt'), load('out/ckpt.pt')
+    assert (saved['iter_num'], saved['best_val_loss']) == (best, losses[best]) and 'optimizer' not in saved
+    assert (latest['iter_num'], latest['best_val_loss']) == (8, losses[best])
+
+
+def test_always_save_checkpoint(tiny, script, monkeypatch):
+    import checkpoint
+    written, save = [], checkpoint.save
+    monkeypatch.setattr(checkpoint, 'save', lambda path, state: written.append((path, state['iter_num'])) or save(path, state))
+    options = [*TINY, '--learning_rate=0', '--min_lr=0', '--weight_decay=0', '--eval_interval=3']   # improves at 0 only
+    script('train.py', *options)
+    assert [n for path, n in written if path == os.path.join('out', 'ckpt.pt')] == [0, 3, 6]
+    written.clear()
+    script('train.py', *options, '--always_save_checkpoint=False')
+    assert [n for path, n in written if path == os.path.join('out', 'ckpt.pt')] == [0, 6]
+
+
+def test_the_whole_split_can_be_evaluated(tiny, script, capsys):
+    script('train.py', *TINY, '--max_iters=2')
+    capsys.readouterr()
+    result = script('train.py', *TINY, '--init_from=resume', '--eval_only=True', '--eval_iters=0')
+    model, tokens = result['raw_model'], torch.from_numpy(result['splits']['val'].array().astype(np.int64))
+    total = 0
+    for i in range(0, len(tokens) - 1, 8):   # one window after the other, the last one shorter
+        x, y = tokens[i:i + 8][:len(tokens) - 1 - i], tokens[i + 1:i + 9]
+        total += model(x[None], y[None])[1].item() * len(y)
+    printed = float(capsys.readouterr().out.split('val loss ')[1].split()[0])
+    assert printed == pytest.approx(total / (len(tokens) - 1), abs=1e-4)
+
+
+@pytest.mark.parametrize('init_from', ['scratch', 'resume'])
+def test_eval_only_stops_and_saves_nothing(tiny, script, capsys, init_from):
+    script('train.py', *TINY, '--max_iters=3')
+    before = {name: open(f'out/{name}', 'rb').read() for name in os.listdir('out')}
+    capsys.readouterr()
+    script('train.py', *TINY, '--eval_only=True', f'--init_from={init_from}')
+    out = capsys.readouterr().out
+    assert out.count('step ') == 1 and 'iter ' not in out
+    assert {name: open(f'out/{name}', 'rb').read() for name in os.listdir('out')} == before
+
+
+def test_a_used_out_dir_is_not_overwritten(tiny, script, capsys):
+    script('train.py', *TINY, '--max_iters=1')
+    script('train.py', *TINY, '--max_iters=2')
+    assert 'out held another run: moved ckpt.pt, ckpt_best.pt, log.jsonl to out/old-1' in capsys.readouterr().out
+    assert load('out/old-1/ckpt.pt')['iter_num'] == 1 and load('out/ckpt.pt')['iter_num'] == 2
+    assert [record['iter'] for record in records('loss')] == [0, 1]
+
+
+def test_resume_says_what_differs_and_refuses_other_tokens(tiny, script, fails, capsys):
+    script('train.py', *TINY, '--max_iters=2')
+    capsys.readouterr()
+    script('train.py', *TINY, '--init_from=resume', '--max_iters=3', '--learning_rate=5e-3', '--n_layer=4')
+    out = capsys.readouterr().out
+    assert 'resume: learning_rate was 0.01, is 0.005' in out and 'resume: max_iters was 2, is 3' in out
+    assert 'resume: n_layer was 2, is 4' in out and 'batch_size' not in out
+    assert load('out/ckpt.pt')['model_args']['n_layer'] == 2   # the checkpoint's shape counts, as in nanoGPT
+    tokens = np.fromfile('data/tiny/train.bin', dtype='uint16')[:-1]
+    tokens.tofile('data/tiny/train.bin')
+    from dataset import CharTokenizer, write_dataset
+    write_dataset('data/tiny', CharTokenizer('\nabcdefgh'), {'train': tokens, 'val': tokens})
+    assert 'its sha256 was' in fails('train.py', *TINY, '--init_from=resume')[1]
+    write_dataset('data/tiny', CharTokenizer('\nhgfedcba'), {'train': tokens, 'val': tokens})
+    assert 'its tokenizer was' in fails('train.py', *TINY, '--init_from=resume')[1]
+
+
+def test_resume_with_nothing_left_changes_nothing(tiny, script):
+    script('train.py', *TINY)
+    before = open('out/ckpt.pt', 'rb').read()
+    script('train.py', *TINY, '--init_from=resume')
+    assert open('out/ckpt.pt', 'rb').read() == before and not os.path.exists('out/old-1')
+
+
+def test_resume_with_a_shorter_context(tiny, script):
+    script('train.py', *TINY, '--max_iters=2')
+    script('train.py', *TINY, '--init_from=resume', '--block_size=4', '--max_iters=3')
+    assert load('out/ckpt.pt')['model']['transformer.wpe.weight'].shape == (4, 16)
+
+
+def test_a_nanogpt_checkpoint_resumes(tiny, script):
+    """ without the keys that are ours, with an optimizer that was not fused and a loss that is a tensor """
+    script('train.py', *TINY, '--max_iters=3')
+    ours = torch.load('out/ckpt.pt', weights_only=True)
+    theirs = {key: ours[key] for key in ('model', 'optimizer', 'model_args', 'iter_num', 'config')}
+    for group in theirs['optimizer']['param_groups']:
+        group['fused'] = None
+    torch.save({**theirs, 'best_val_loss': torch.tensor(9.0)}, 'out/ckpt.pt')
+    script('train.py', *TINY, '--init_from=resume')
+    assert load('out/ckpt.pt')['iter_num'] == 6 and records('val_loss')[-1]['val_loss'] < 9
+
+
+# ---- faults
+
+def test_ten_bad_updates_stop_the_run_and_spoil_nothing(tiny, script, capsys, monkeypatch):
+    """ the loss is NaN from the fourth forward of training on """
+    forward, calls = model_module.GPT.forward, []
+
+    def poisoned(self, idx, targets=None):
+        logits, loss = forward(self, idx, targets)
+        calls.extend([1] * self.training)
+        return logits, loss * (math.nan if len(calls) > 3 and self.training else 1)
+    monkeypatch.setattr(model_module.GPT, 'forward', poisoned)
+    options = [*TINY, '--gradient_accumulation_steps=1', '--dropout=0.0']
+    with pytest.raises(SystemExit) as stop:
+        script('train.py', *options, '--max_iters=50')
+    out = capsys.readouterr().out
+    assert stop.value.code == 3 and 'iter 3: loss nan' in out and '10 in a row' in out and '--learning_rate' in out
+    assert load('out/ckpt.pt')['iter_num'] == 13 and records('iter')[4]['loss'] is None   # NaN is no JSON
+    monkeypatch.undo()
+    os.chdir(tiny)
+    script('train.py', *options, '--max_iters=3', '--out_dir=clean')
+    skipped, clean = tensors(), tensors('clean/ckpt.pt')
+    assert all(torch.equal(skipped[name], clean[name]) for name in clean)   # the ten changed nothing
+
+
+def test_one_bad_update_is_skipped_and_training_goes_on(tiny, script, monkeypatch):
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def poisoned(*arguments):
+        calls.append(1)
+        return clip(*arguments) * (math.inf if len(calls) == 2 else 1)
+    monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', poisoned)
+    script('train.py', *TINY)
+    assert load('out/ckpt.pt')['iter_num'] == 6 and tensors()['0 step'] == 5
+
+
+def test_a_full_disk_does_not_stop_training_but_shows_at_the_end(tiny, fails, script, capsys, monkeypatch):
+    import shutil
+    monkeypatch.setattr(shutil, 'disk_usage', lambda _: type('Usage', (), {'free': 1000}))
+    code, line = fails('train.py', *TINY)
+    assert code == 1 and 'the state at iteration 6 is lost' in line and len(records('loss')) == 6
+
+
+@pytest.mark.parametrize('options, words', [
+    (['--dataset=nope'], "dataset 'nope' has no train.bin"), (['--init_from=resume'], "no checkpoint in 'out'"),
+    (['--init_from=gpt5'], '--init_from=gpt5'), (['--batch_size=0'], '--batch_size=0 must be at least 1'),
+    (['--gradient_accumulation_steps=-1'], '--gradient_accumulation_steps=-1'), (['--n_head=3'], 'n_embd=16 must be a multiple of n_head=3'),
+    (['--dropout=1'], 'dropout=1.0'), (['--block_size=300'], '300 tokens, block_size=300 needs at least 301'),
+    (['--vocab_size=5'], 'token id 8 does not fit vocab_size=5'), (['--device=warp'], '--device=warp'),
+    (['--dtype=half'], '--dtype=half'), (['--learning_rate=-1'], '--learning_rate=-1.0 must be at least 0'), (['--log_interval=0'], '--log_interval=0'),
+    (['--eval_iters=-1'], '--eval_iters=-1'), (['--beta2=1.5'], 'beta'), (['--grad_clip=-1'], '--grad_clip=-1.0')])
+def test_wrong_settings_end_in_one_line_and_touch_nothing(tiny, fails, options, words):
+    assert words in fails('train.py', *TINY, *options)[1]
+    assert os.listdir() == ['data']
+
+
+def test_a_damaged_checkpoint_is_not_resumed(tiny, script, fails):
+    script('train.py', *TINY, '--max_iters=1')
+    content = bytearray(open('out/ckpt.pt', 'rb').read())
+    content[len(content) // 2] ^= 1
+    open('out/ckpt.pt', 'wb').write(content)
+    assert 'is damaged' in fails('train.py', *TINY, '--init_from=resume')[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_and_saves(tiny, script, number, code):
+    """ a real signal to a real process, whose run then continues as if nothing had happened """
+    options = [*TINY, '--max_iters=100000', '--lr_decay_iters=50', '--dropout=0.1', '--learning_rate=1e-3']
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'train.py'), *options], stdout=subprocess.PIPE, text=True,
+                               env={**os.environ, 'OMP_NUM_THREADS': '1'})   # as in this process, so that sums are equal
+    for line in process.stdout:
+        if line.startswith('iter 20:'):
+            process.send_signal(number)
+            break
+    out = process.stdout.read()
+    assert process.wait() == code and 'finishing this step' in out and 'saved out/ckpt.pt' in out
+    stopped = load('out/ckpt.pt')['iter_num']
+    assert stopped > 20
+    script('train.py', *options, '--init_from=resume', f'--max_iters={stopped + 5}')
+    script('train.py', *options, '--out_dir=straight', f'--max_iters={stopped + 5}')
+    assert [record['iter'] for record in records('loss')] == list(range(stopped + 5))
+    assert equal(tensors(), tensors('straight/ckpt.pt'))
+
+
+@pytest.mark.slow
+def test_a_second_signal_stops_at_once(tiny):
+    process = subprocess.Popen([sys.executable, '-c', "import common, time; common.StopSignals(); print('ready', flush=True); time.sleep(60)"],
+                               stdout=subprocess.PIPE, text=True, env={**os.environ, 'PYTHONPATH': ROOT})
+    process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    assert 'SIGTERM: finishing' in process.stdout.readline()
+    start = time.perf_counter()
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == -signal.SIGINT and time.perf_counter() - start < 5
+
+
+@pytest.mark.slow
+def test_compiled_training(tiny, script, capsys):
+    """ the same losses as eager, weights under their plain names """
+    script('train.py', *TINY, '--n_layer=1', '--max_iters=2', '--out_dir=eager')
+    script('train.py', *TINY, '--n_layer=1', '--max_iters=2', '--compile=True')
+    assert 'warning' not in capsys.readouterr().out
+    for one, two in zip(records('loss'), records('loss', 'eager/log.jsonl'), strict=True):
+        assert one['loss'] == pytest.approx(two['loss'], abs=1e-5)
+    assert load('out/ckpt.pt')['model'].keys() == load('eager/ckpt.pt')['model'].keys()
