@@ -26,7 +26,7 @@ from common import atomic_write, fail, print0
 from configurator import find_beside
 
 CHECK_WHOLE = 2**30     # bytes: up to this size a file is checked from end to end, beyond it in samples
-MAPPED_READS = 64       # reads before the memory map is made anew, so that resident memory stays bounded
+MAPPED_READS = 1024     # reads before the memory map is made anew, so that resident memory stays bounded
 
 # tiktoken keeps a file under the sha1 of its url; every source of it must have this sha256
 _GPT2_URL = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'

@@ -8,7 +8,17 @@ import pytest
 import torch
 from conftest import ROOT
 
-from common import atomic_write, duration, peak_flops, print0, resolve_device, resolve_dtype, rng_state, set_rng_state, try_compile
+from common import (
+    atomic_write,
+    duration,
+    peak_flops,
+    print0,
+    resolve_device,
+    resolve_dtype,
+    rng_state,
+    set_rng_state,
+    try_compile,
+)
 
 
 @pytest.mark.parametrize('cuda, mps, expected', [(True, True, 'cuda'), (False, True, 'mps'), (False, False, 'cpu')])

@@ -6,10 +6,9 @@ import sys
 import time
 
 import pytest
+from conftest import ROOT
 
 from configurator import configure, find_beside
-
-from conftest import ROOT
 
 DEFAULTS = dict(learning_rate=6e-4, max_iters=600, compile=True, out_dir='out', start='\n', _private=1, thing=[1])
 

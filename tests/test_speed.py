@@ -1,4 +1,5 @@
 """ Timings, each against a yardstick in the same run: pytest -m benchmark -s. Ratios are medians of alternating rounds. """
+import json
 import os
 import statistics
 import time
@@ -80,7 +81,6 @@ def test_an_iteration_against_plain_pytorch(here, script):
     for _ in range(7):
         bare_seconds = median_time(bare, n)
         script('train.py', config, '--eval_interval=1000000', f'--max_iters={n}', '--eval_iters=1', '--log_interval=1')
-        import json
         ours = [json.loads(line) for line in open('out-shakespeare-char/log.jsonl')]
         ratios.append(statistics.median(record['time'] for record in ours if 'time' in record) / bare_seconds)
     print(f"\nours / plain: median {statistics.median(ratios):.3f}, from {min(ratios):.3f} to {max(ratios):.3f}")
