@@ -48,10 +48,10 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         B, T, C = x.shape
-        heads = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)   # (B, T, 3, nh, hs)
-        q, k, v = heads.permute(2, 0, 3, 1, 4)                                # (B, nh, T, hs) each
+        q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)   # (B, nh, T, hs) each
+                   for part in self.c_attn(x).split(C, dim=2))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask, self.dropout if self.training else 0.0, is_causal)
-        y = y.transpose(1, 2).reshape(B, T, C)                                # heads side by side again
+        y = y.transpose(1, 2).reshape(B, T, C)                                      # heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -116,8 +116,8 @@ class GPT(nn.Module):
 
     def _embed(self, idx: Tensor) -> Tensor:
         """ ids (B, T) to vectors (B, T, C): what the token is plus where it stands """
-        positions = torch.arange(idx.shape[1], device=idx.device)
-        return self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
+        positions = self.transformer.wpe.weight[:idx.shape[1]]   # (T, C)
+        return self.transformer.drop(self.transformer.wte(idx) + positions)
 
     def _visible(self) -> tuple[Tensor | None, bool]:
         """ (attn_mask, is_causal) of one forward: the only place that decides which positions a position sees

@@ -1,5 +1,4 @@
 """ Timings, each against a yardstick in the same run: pytest -m benchmark -s. Ratios are medians of alternating rounds. """
-import json
 import os
 import statistics
 import time
@@ -12,6 +11,8 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 from dataset import Split
+from logger import Logger
+from model import GPT, GPTConfig
 
 pytestmark = pytest.mark.benchmark
 
@@ -62,26 +63,61 @@ class Plain(nn.Module):
         return F.cross_entropy((x @ self.wte.weight.T).flatten(0, 1), targets.flatten())
 
 
-def test_an_iteration_against_plain_pytorch(here, script):
-    """ train.py on the small Shakespeare model against a bare loop over one fixed batch, in alternating rounds """
-    torch.set_num_threads(os.cpu_count())
-    V, T, L, nh, C, B, n = 65, 64, 4, 4, 128, 12, 100
-    plain = Plain(V, T, L, nh, C)
-    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-4, fused=True)
+V, T, L, nh, C, B = 65, 64, 4, 4, 128, 12   # train_shakespeare_char_cpu
+
+
+def bare_iteration(model, optimizer):
+    """ one training iteration on a fixed batch and nothing else; returns a function that times it """
     rows = torch.randint(V, (B, T + 1))
 
-    def bare(_):
+    def run():
+        start = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        plain(rows[:, :-1], rows[:, 1:]).backward()
-        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        output = model(rows[:, :-1], rows[:, 1:])
+        (output[1] if isinstance(output, tuple) else output).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        return time.perf_counter() - start
+    return run
 
-    config = os.path.join(ROOT, 'config', 'train_shakespeare_char_cpu.py')
-    ratios = []
-    for _ in range(7):
-        bare_seconds = median_time(bare, n)
-        script('train.py', config, '--eval_interval=1000000', f'--max_iters={n}', '--eval_iters=1', '--log_interval=1')
-        ours = [json.loads(line) for line in open('out-shakespeare-char/log.jsonl')]
-        ratios.append(statistics.median(record['time'] for record in ours if 'time' in record) / bare_seconds)
-    print(f"\nours / plain: median {statistics.median(ratios):.3f}, from {min(ratios):.3f} to {max(ratios):.3f}")
-    assert statistics.median(ratios) <= 1.05
+
+def plain_iteration():
+    plain = Plain(V, T, L, nh, C)
+    return bare_iteration(plain, torch.optim.AdamW(plain.parameters(), lr=1e-4, fused=True))
+
+
+def report(ours, theirs):
+    """ the median over rounds of 50 iterations of the ratio of medians """
+    ours, theirs = (np.array(times[-(len(times) // 50 * 50):]).reshape(-1, 50) for times in (ours, theirs))
+    ratios = np.median(ours, 1) / np.median(theirs, 1)
+    print(f"\nplain {np.median(theirs) * 1e3:.1f} ms, ours {np.median(ours) * 1e3:.1f} ms, ours / plain: median of {len(ratios)} rounds "
+          f"{np.median(ratios):.3f}, from {ratios.min():.3f} to {ratios.max():.3f}")
+    return np.median(ratios)
+
+
+def test_the_model_against_plain_pytorch():
+    """ forward, backward and update of both models, turn by turn """
+    torch.set_num_threads(os.cpu_count())
+    model = GPT(GPTConfig(T, V, L, nh, C, bias=False))
+    run, bare = bare_iteration(model, model.configure_optimizers(0.1, 1e-4, (0.9, 0.99), 'cpu')), plain_iteration()
+    ours, theirs = zip(*[(run(), bare()) for _ in range(750)], strict=True)
+    assert report(ours, theirs) <= 1.02
+
+
+def test_an_iteration_against_plain_pytorch(here, script, monkeypatch):
+    """ train.py, batches and log lines included, against the bare plain loop
+
+    They take turns too: after each log record of ours one iteration of theirs runs and is taken out of our next time.
+    """
+    torch.set_num_threads(os.cpu_count())
+    bare, ours, theirs, log = plain_iteration(), [], [0.0], Logger.log
+
+    def take_turns(self, record):
+        log(self, record)
+        if 'time' in record:
+            ours.append(record['time'] - theirs[-1])
+            theirs.append(bare())
+    monkeypatch.setattr(Logger, 'log', take_turns)
+    script('train.py', os.path.join(ROOT, 'config', 'train_shakespeare_char_cpu.py'), '--eval_interval=10000', '--max_iters=750',
+           '--eval_iters=1', '--log_interval=1')
+    assert report(ours, theirs) <= 1.05
