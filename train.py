@@ -83,13 +83,15 @@ from model import GPT, GPTConfig
 
 # ---- set-up
 require(config, 1, 'gradient_accumulation_steps', 'batch_size', 'block_size', 'eval_interval', 'log_interval')
-require(config, 0, 'max_iters', 'eval_iters', 'warmup_iters', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'vocab_size')
+require(config, 0, 'max_iters', 'eval_iters', 'warmup_iters', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip',
+        'vocab_size')
 if init_from not in ('scratch', 'resume'):
     fail(f"--init_from={init_from} is neither scratch nor resume")
 if int(os.environ.get('WORLD_SIZE', 1)) > 1:
     fail("several processes are not supported yet, start one with python train.py")
 if decay_lr and warmup_iters >= lr_decay_iters:
-    print0(f"warning: warmup_iters={warmup_iters} is not below lr_decay_iters={lr_decay_iters}, the warm-up ends in min_lr")
+    print0(f"warning: warmup_iters={warmup_iters} is not below lr_decay_iters={lr_decay_iters}, "
+           "so the learning rate falls to min_lr right after the warm-up")
 device = resolve_device(device)
 device_type = torch.device(device).type
 dtype = resolve_dtype(dtype, device_type)
@@ -141,7 +143,7 @@ best_val_loss = float(resumed.get('best_val_loss', math.inf))
 # ---- optimizer
 with one_line_errors():
     optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, eps=adam_eps)
-scaler = torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)   # keeps small float16 gradients from being 0
+scaler = torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)   # small gradients would be 0 in float16
 if resumed:
     checkpoint.load_optimizer(optimizer, resumed['optimizer'])
     scaler.load_state_dict(resumed.get('scaler') or scaler.state_dict())
@@ -205,8 +207,9 @@ if compile:
 
 # ---- loop
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
-print0(f"{raw_model.get_num_params():,} parameters without positions, on {device_name(device)} in {str(dtype).split('.')[1]}; "
-       f"{tokens_per_iter:,} tokens an iteration; {len(splits['train']):,} tokens to train on, {len(splits['val']):,} to validate")
+print0(f"model: {raw_model.get_num_params():,} parameters without positions, on {device_name(device)} in {dtype}")
+print0(f"data: {dataset}, {len(splits['train']):,} tokens to train on, {len(splits['val']):,} to validate, "
+       f"{tokens_per_iter:,} an iteration")
 if not eval_only and init_from == 'scratch':
     checkpoint.move_aside(out_dir)
 logger = None if eval_only else Logger(out_dir, iter_num, config, resumed.get('wandb_id', ''))
@@ -259,15 +262,16 @@ while not stop.received:
         synchronize(device_type)
         seconds = (time.perf_counter() - logged_at) / (iter_num - logged_iter)
         logged_iter, logged_at = iter_num, time.perf_counter()
-        mfu = raw_model.estimate_mfu(gradient_accumulation_steps * batch_size, seconds, peak_flops=peak) if peak else None
+        sequences = gradient_accumulation_steps * batch_size
+        mfu = raw_model.estimate_mfu(sequences, seconds, peak_flops=peak) if peak else None
         eta = (max_iters - iter_num) * seconds + math.ceil((max_iters - iter_num) / eval_interval) * eval_time
         print0(f"iter {iter_num - 1}: loss {loss:.4f}, lr {lr:.1e}, norm {norm:.2f}, time {seconds * 1e3:.1f}ms, "
                f"{tokens_per_iter / seconds:,.0f} tok/s, mfu {f'{mfu:.1%}' if mfu else 'n/a'}, eta {duration(eta)}")
         logger.log({'iter': iter_num - 1, 'loss': loss, 'lr': lr, 'grad_norm': norm, 'time': seconds,
                     'tokens_per_second': tokens_per_iter / seconds, 'mfu': mfu})
     if bad_steps == 10:
-        print0("stopped: ten updates in a row had a loss or gradient that is not finite. The weights are still good. Try a "
-               "lower --learning_rate, --adam_eps=1e-5, --dtype=float32, or look at the data")
+        print0("stopped: ten updates in a row had a loss or gradient that is not finite, none was applied. Try a lower "
+               "--learning_rate, --adam_eps=1e-5 or --dtype=float32 from an earlier checkpoint, or look at the data")
         break
 
 # ---- end
@@ -275,7 +279,8 @@ if logger:
     logger.close()
     if saved_iter != iter_num and not save_latest():
         fail(f"the state at iteration {iter_num} is lost, the checkpoint in {out_dir} is an earlier one")
-    print0(f"saved {os.path.join(out_dir, checkpoint.LATEST)} at iteration {iter_num}; best validation loss {best_val_loss:.4f} "
-           f"in {os.path.join(out_dir, checkpoint.BEST)}\nsample from it: python sample.py --out_dir={out_dir}")
+    print0(f"saved {os.path.join(out_dir, checkpoint.LATEST)} at iteration {iter_num}; "
+           f"best validation loss {best_val_loss:.4f} in {os.path.join(out_dir, checkpoint.BEST)}\n"
+           f"sample from it: python sample.py --out_dir={out_dir}")
 if bad_steps == 10 or stop.received:
     sys.exit(3 if bad_steps == 10 else 128 + stop.received)

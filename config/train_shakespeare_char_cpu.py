@@ -1,4 +1,5 @@
-# a smaller GPT on the characters of Shakespeare for a laptop's CPU: 0.8M parameters, validation loss about 1.9, 2 to 3 minutes
+# a smaller GPT on the characters of Shakespeare for a laptop's CPU: 0.8M parameters, validation loss about 1.9
+# in 2 to 3 minutes
 # $ python data/shakespeare_char/prepare.py
 # $ python train.py config/train_shakespeare_char_cpu.py
 

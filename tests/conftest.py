@@ -11,8 +11,9 @@ import torch
 from dataset import CharTokenizer, write_dataset
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-TINY = ['--dataset=tiny', '--out_dir=out', '--device=cpu', '--compile=False', '--n_layer=2', '--n_head=2', '--n_embd=16',
-        '--block_size=8', '--batch_size=4', '--gradient_accumulation_steps=2', '--eval_iters=2', '--eval_interval=100',
+TINY = ['--dataset=tiny', '--out_dir=out', '--device=cpu', '--compile=False', '--n_layer=2', '--n_head=2',
+        '--n_embd=16', '--block_size=8', '--batch_size=4', '--gradient_accumulation_steps=2', '--eval_iters=2',
+        '--eval_interval=100',
         '--max_iters=6', '--learning_rate=1e-2', '--warmup_iters=2', '--lr_decay_iters=100']
 
 
@@ -41,7 +42,8 @@ def tiny(here):
     folder = here / 'data' / 'tiny'
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    write_dataset(str(folder), CharTokenizer('\nabcdefgh'), {'train': rng.integers(0, 9, 2000), 'val': rng.integers(0, 9, 300)})
+    write_dataset(str(folder), CharTokenizer('\nabcdefgh'),
+                  {'train': rng.integers(0, 9, 2000), 'val': rng.integers(0, 9, 300)})
     return here
 
 

@@ -66,7 +66,8 @@ def test_building_a_model_draws_no_random_numbers(here):
 
 
 def test_options_at_their_default_are_left_out_for_nanogpt():
-    assert list(model_args(GPTConfig(**SMALL))) == ['block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias']
+    assert list(model_args(GPTConfig(**SMALL))) == ['block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd',
+                                                    'dropout', 'bias']
     assert model_args(GPTConfig(**SMALL, gelu='tanh'))['gelu'] == 'tanh'
 
 
@@ -83,7 +84,7 @@ class NanoGPTConfig:
 
 
 def test_what_nanogpt_reads_is_there(here):
-    """ its sample.py passes model_args on, strips _orig_mod. and loads the weights; its train.py also reads the rest """
+    """ its sample.py passes model_args on and loads the weights; its train.py reads the rest as well """
     model, optimizer = trained()
     save('ckpt.pt', state_of(model, optimizer, tokenizer={'name': 'char', 'chars': 'ab'}))
     theirs = torch.load('ckpt.pt', map_location='cpu', weights_only=True)
@@ -108,7 +109,8 @@ def test_best_and_last(here):
     assert refusal(find, 'out') == "error: no checkpoint in 'out'; train one: python train.py CONFIG --out_dir=out"
     save('out/ckpt.pt', state_of(model, optimizer))
     assert '--out_dir=out has one' in refusal(find, 'elsewhere')
-    assert find('out', 'best') == find('out', 'last') == os.path.join('out', 'ckpt.pt')   # nanoGPT's folders have no best
+    # nanoGPT's folders have no best
+    assert find('out', 'best') == find('out', 'last') == os.path.join('out', 'ckpt.pt')
     save('out/ckpt_best.pt', state_of(model, optimizer))
     assert find('out', 'best') == os.path.join('out', 'ckpt_best.pt') and find('out') == os.path.join('out', 'ckpt.pt')
     assert 'neither best nor last' in refusal(find, 'out', 'latest')
@@ -157,7 +159,8 @@ def test_a_flipped_bit_and_a_cut_file_are_noticed(here):
         assert 'bad.pt is damaged' in refusal(load, 'bad.pt')
 
 
-@pytest.mark.parametrize('content', [{}, {'model': {}}, {'model': {'a': 1}, 'model_args': 3}, {'model': 1, 'model_args': {}}, [1], torch.ones(3)])
+@pytest.mark.parametrize('content', [
+    {}, {'model': {}}, {'model': {'a': 1}, 'model_args': 3}, {'model': 1, 'model_args': {}}, [1], torch.ones(3)])
 def test_other_torch_files_are_no_checkpoints(here, content):
     torch.save(content, 'x.pt')
     assert 'x.pt is not a GPT checkpoint' in refusal(load, 'x.pt')

@@ -36,11 +36,13 @@ def test_a_device_that_is_not_there(device):
 
 
 @pytest.mark.parametrize('device, native_bf16, expected', [
-    ('cuda', True, torch.bfloat16), ('cuda', False, torch.float16), ('cpu', False, torch.float32), ('cpu', True, torch.bfloat16),
+    ('cuda', True, torch.bfloat16), ('cuda', False, torch.float16), ('cpu', False, torch.float32),
+    ('cpu', True, torch.bfloat16),
     ('mps', False, torch.float32)])
 def test_dtype_auto(monkeypatch, device, native_bf16, expected):
-    """ a T4 emulates bfloat16: is_bf16_supported() is True there and is_bf16_supported(including_emulation=False) is not """
-    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: native_bf16 or including_emulation)
+    """ a T4 emulates bfloat16: so is_bf16_supported() is True there unless including_emulation=False """
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported',
+                        lambda including_emulation=True: native_bf16 or including_emulation)
     monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {'avx512_bf16': native_bf16})
     assert resolve_dtype('auto', device) is expected
     assert resolve_dtype('float16', device) is torch.float16
@@ -50,7 +52,8 @@ def test_dtype_auto(monkeypatch, device, native_bf16, expected):
 
 @pytest.mark.parametrize('name, bf16, fp16', [
     ('NVIDIA A100-SXM4-80GB', 312, 312), ('NVIDIA H100 80GB HBM3', 989, 989), ('NVIDIA H100 PCIe', 756, 756),
-    ('NVIDIA H100 NVL', 835, 835), ('NVIDIA H200', 989, 989), ('NVIDIA H200 NVL', 835, 835), ('NVIDIA B200', 2250, 2250),
+    ('NVIDIA H100 NVL', 835, 835), ('NVIDIA H200', 989, 989), ('NVIDIA H200 NVL', 835, 835),
+    ('NVIDIA B200', 2250, 2250),
     ('NVIDIA GB200', 2500, 2500), ('NVIDIA L4', 121, 121), ('NVIDIA L40S', 362, 362), ('NVIDIA A10', 125, 125),
     ('NVIDIA GeForce RTX 4090', 165.2, 165.2), ('NVIDIA GeForce RTX 3090', 71, 71), ('Tesla T4', None, 65),
     ('Tesla V100-SXM2-16GB', None, 125), ('Tesla V100-PCIE-32GB', None, 112), ('Tesla V100S-PCIE-32GB', None, 130),
@@ -107,16 +110,19 @@ def test_compilation_falls_back_to_eager_with_one_line(capsys, monkeypatch):
 @pytest.mark.slow
 def test_compilation_without_a_compiler(here):
     """ a real failure: the C++ compiler that torch.compile would call does not exist """
-    code = "import torch, common; m = torch.nn.Linear(2, 2); print(common.try_compile(m, lambda c: c(torch.ones(1, 2)), 'cpu') is m)"
+    code = "import torch, common; m = torch.nn.Linear(2, 2); " \
+           "print(common.try_compile(m, lambda c: c(torch.ones(1, 2)), 'cpu') is m)"
     environment = {**os.environ, 'CXX': '/nonexistent/c++', 'TORCHINDUCTOR_CACHE_DIR': str(here), 'PYTHONPATH': ROOT}
     done = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True)
-    assert done.stdout.startswith('warning: torch.compile does not work here') and done.stdout.endswith('running eager\nTrue\n')
+    assert done.stdout.startswith('warning: torch.compile does not work here')
+    assert done.stdout.endswith('running eager\nTrue\n')
 
 
 @pytest.mark.slow
 def test_importing_does_nothing():
     """ no output, no random numbers drawn, no CUDA, no heavy optional library """
-    code = "import torch; s = torch.get_rng_state(); import model, common, dataset, checkpoint, logger, configurator, sys; " \
+    code = "import sys, torch; s = torch.get_rng_state(); " \
+           "import model, common, dataset, checkpoint, logger, configurator; " \
            "assert torch.equal(s, torch.get_rng_state()) and not torch.cuda.is_initialized(); " \
            "assert not {'wandb', 'tiktoken', 'transformers'} & set(sys.modules)"
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)

@@ -86,12 +86,14 @@ def test_later_arguments_win_and_the_origin_is_printed(configured, here, capsys)
     (here / 'b.py').write_text("max_iters = max_iters * 2\n")   # computes from what came before
     script_globals = configured('--learning_rate=1', 'a.py', 'b.py', '--out_dir=c')
     assert (script_globals['max_iters'], script_globals['out_dir']) == (10, 'c')
-    assert capsys.readouterr().err.splitlines() == ["command line: learning_rate=1.0, out_dir='c'", 'b.py: max_iters=10']
+    assert capsys.readouterr().err.splitlines() == ["command line: learning_rate=1.0, out_dir='c'",
+                                                    'b.py: max_iters=10']
 
 
 def test_a_file_may_import_define_and_comment_in_any_language(configured, here):
-    source = "# 学习率, größer\nimport time\nfrom math import sqrt\n_helper = 2\ndef double(x):\n    return 2 * x\n" \
-             "out_dir = 'ft-' + str(time.time())\nlearning_rate = sqrt(4)\nmax_iters = double(_helper)\n"
+    source = "# 学习率, größer\nimport time\nfrom math import sqrt\n_helper = 2\n" \
+             "def double(x):\n    return 2 * x\nout_dir = 'ft-' + str(time.time())\n" \
+             "learning_rate = sqrt(4)\nmax_iters = double(_helper)\n"
     for mark in ('', '\ufeff'):
         (here / 'c.py').write_text(mark + source, encoding='utf-8')
         script_globals = configured('c.py')
@@ -143,7 +145,8 @@ def test_nanogpts_idiom_still_works(here, monkeypatch):
     (here / 'configurator.py').write_text(open(os.path.join(ROOT, 'configurator.py')).read())
     (here / 'own.py').write_text(
         "size = 3\nname = 'x'\n"
-        "config_keys = [k for k, v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]\n"
+        "config_keys = [k for k, v in globals().items() if not k.startswith('_') and "
+        "isinstance(v, (int, float, bool, str))]\n"
         "exec(open('configurator.py').read()) # overrides from command line or config file\n"
         "config = {k: globals()[k] for k in config_keys}\nprint(size, config)\n")
     done = subprocess.run([sys.executable, 'own.py', '--size=4'], capture_output=True, text=True)

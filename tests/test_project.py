@@ -11,23 +11,29 @@ from conftest import ROOT
 
 BUDGETS = {
     'model.py': 600, 'train.py': 420, 'sample.py': 180, 'bench.py': 220, 'configurator.py': 110, 'common.py': 200,
-    'checkpoint.py': 280, 'logger.py': 160, 'dataset.py': 450, 'eval_downstream.py': 350, 'lr_find.py': 120, 'export.py': 160,
+    'checkpoint.py': 280, 'logger.py': 160, 'dataset.py': 450, 'eval_downstream.py': 350, 'lr_find.py': 120,
+    'export.py': 160,
     'engine.py': 300, 'optim.py': 150, 'config/*.py': 45, 'data/*/prepare.py': 100,
 }
-SOURCES = [path for pattern in ('*.py', 'config/*.py', 'data/*/*.py', 'tests/*.py') for path in glob.glob(pattern, root_dir=ROOT)]
+FOLDERS = ('*.py', 'config/*.py', 'data/*/*.py', 'tests/*.py')
+SOURCES = [path for pattern in FOLDERS for path in glob.glob(pattern, root_dir=ROOT)]
 
 # values of nanoGPT's seven config files
 NANOGPT_CONFIGS = {
     'train_shakespeare_char': dict(
-        out_dir='out-shakespeare-char', eval_interval=250, eval_iters=200, log_interval=10, always_save_checkpoint=False, wandb_log=False,
-        wandb_project='shakespeare-char', wandb_run_name='mini-gpt', dataset='shakespeare_char', gradient_accumulation_steps=1,
+        out_dir='out-shakespeare-char', eval_interval=250, eval_iters=200, log_interval=10,
+        always_save_checkpoint=False, wandb_log=False,
+        wandb_project='shakespeare-char', wandb_run_name='mini-gpt', dataset='shakespeare_char',
+        gradient_accumulation_steps=1,
         batch_size=64, block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2, learning_rate=1e-3, max_iters=5000,
         lr_decay_iters=5000, min_lr=1e-4, beta2=0.99, warmup_iters=100),
     'train_gpt2': dict(
-        wandb_log=True, wandb_project='owt', wandb_run_name='gpt2-124M', batch_size=12, block_size=1024, gradient_accumulation_steps=40,
+        wandb_log=True, wandb_project='owt', wandb_run_name='gpt2-124M', batch_size=12, block_size=1024,
+        gradient_accumulation_steps=40,
         max_iters=600000, lr_decay_iters=600000, eval_interval=1000, eval_iters=200, log_interval=10, weight_decay=0.1),
     'finetune_shakespeare': dict(
-        out_dir='out-shakespeare', eval_interval=5, eval_iters=40, wandb_log=False, wandb_project='shakespeare', dataset='shakespeare',
+        out_dir='out-shakespeare', eval_interval=5, eval_iters=40, wandb_log=False, wandb_project='shakespeare',
+        dataset='shakespeare',
         init_from='gpt2-xl', always_save_checkpoint=False, batch_size=1, gradient_accumulation_steps=32, max_iters=20,
         learning_rate=3e-5, decay_lr=False),
     **{f'eval_{name}': dict(batch_size=8, eval_iters=500, eval_only=True, wandb_log=False, init_from=name)
@@ -52,8 +58,8 @@ def configured(monkeypatch):
 @pytest.mark.parametrize('name', NANOGPT_CONFIGS)
 def test_nanogpts_config_files_load(here, configured, name):
     values = {**NANOGPT_CONFIGS[name], **({'wandb_run_name': "'ft-' + str(time.time())"} if 'finetune' in name else {})}
-    source = 'import time\n' + ''.join(f"{key} = {value if 'time' in str(value) else repr(value)}\n" for key, value in values.items())
-    (here / f'{name}.py').write_text(source)
+    source = [f"{key} = {value if 'time' in str(value) else repr(value)}\n" for key, value in values.items()]
+    (here / f'{name}.py').write_text('import time\n' + ''.join(source))
     config = configured('train.py', f'{name}.py')
     assert all(config[key] == value for key, value in NANOGPT_CONFIGS[name].items())
 
@@ -67,21 +73,27 @@ def test_our_config_files_have_nanogpts_values(here, configured, name):
 
 def test_the_cpu_config(here, configured):
     config, large = (configured('train.py', f'config/train_shakespeare_char{name}.py') for name in ('_cpu', ''))
-    assert config == {**large, **dict(device='cpu', compile=False, eval_iters=20, block_size=64, batch_size=12, n_layer=4, n_head=4,
-                                      n_embd=128, max_iters=2000, lr_decay_iters=2000, dropout=0.0, wandb_run_name='mini-gpt-cpu')}
+    smaller = dict(device='cpu', compile=False, eval_iters=20, block_size=64, batch_size=12, n_layer=4, n_head=4,
+                   n_embd=128, max_iters=2000, lr_decay_iters=2000, dropout=0.0, wandb_run_name='mini-gpt-cpu')
+    assert config == {**large, **smaller}
 
 
 def test_defaults_are_nanogpts(configured):
     config = configured('train.py')
     nanogpt = dict(
-        out_dir='out', eval_interval=2000, log_interval=1, eval_iters=200, eval_only=False, always_save_checkpoint=True, init_from='scratch',
-        wandb_log=False, wandb_project='owt', wandb_run_name='gpt2', dataset='openwebtext', gradient_accumulation_steps=40, batch_size=12,
-        block_size=1024, n_layer=12, n_head=12, n_embd=768, dropout=0.0, bias=False, learning_rate=6e-4, max_iters=600000, weight_decay=0.1,
-        beta1=0.9, beta2=0.95, grad_clip=1.0, decay_lr=True, warmup_iters=2000, lr_decay_iters=600000, min_lr=6e-5, backend='nccl',
+        out_dir='out', eval_interval=2000, log_interval=1, eval_iters=200, eval_only=False,
+        always_save_checkpoint=True, init_from='scratch',
+        wandb_log=False, wandb_project='owt', wandb_run_name='gpt2', dataset='openwebtext',
+        gradient_accumulation_steps=40, batch_size=12,
+        block_size=1024, n_layer=12, n_head=12, n_embd=768, dropout=0.0, bias=False, learning_rate=6e-4,
+        max_iters=600000, weight_decay=0.1,
+        beta1=0.9, beta2=0.95, grad_clip=1.0, decay_lr=True, warmup_iters=2000, lr_decay_iters=600000, min_lr=6e-5,
+        backend='nccl',
         compile=True, device='auto', dtype='auto')
     assert {key: config[key] for key in nanogpt} == nanogpt and config['seed'] == 1337
     config = configured('sample.py')
-    nanogpt = dict(init_from='resume', out_dir='out', start='\n', num_samples=10, max_new_tokens=500, temperature=0.8, top_k=200, seed=1337,
+    nanogpt = dict(init_from='resume', out_dir='out', start='\n', num_samples=10, max_new_tokens=500, temperature=0.8,
+                   top_k=200, seed=1337,
                    compile=False, device='auto', dtype='auto')
     assert {key: config[key] for key in nanogpt} == nanogpt
 
@@ -95,7 +107,7 @@ def readme_commands():
     text = open(os.path.join(ROOT, 'README.md'), encoding='utf-8').read()
     blocks = re.findall(r'^(?:    .*\n)+', text, re.M) + re.findall(r'```.*?\n(.*?)```', text, re.S)
     lines = [line.strip().removeprefix('$ ') for block in blocks for line in block.splitlines()]
-    return [line.split('  #')[0] for line in lines if re.match(r'python \S+\.py|make |\.venv/bin/python', line)]
+    return [line for line in lines if re.match(r'python \S+\.py|make ', line)]
 
 
 def test_the_readme_has_commands():
@@ -108,8 +120,8 @@ def test_readme_commands_parse(here, configured, command):
     if program == 'make':
         targets = re.findall(r'^(\w+):', open(os.path.join(ROOT, 'Makefile')).read(), re.M)
         assert set(arguments) <= set(targets)
-    elif '--help' in arguments:
-        with pytest.raises(SystemExit, match='0'):
+    elif '--help' in arguments or 'leraning_rate' in command:   # shown for its error
+        with pytest.raises(SystemExit):
             configured(*arguments)
     else:
         configured(*arguments)
@@ -117,7 +129,7 @@ def test_readme_commands_parse(here, configured, command):
 
 def test_files_named_in_the_readme_exist():
     text = open(os.path.join(ROOT, 'README.md'), encoding='utf-8').read()
-    names = set(re.findall(r'`([\w/.-]+\.(?:py|md|txt|toml))`', text)) - {'prompt.txt', 'input.txt'}
+    names = set(re.findall(r'`([\w/.-]+\.(?:py|md|txt|toml))`', text)) - {'prepare.py'}   # there are several
     assert len(names) > 10 and [name for name in names if not os.path.exists(os.path.join(ROOT, name))] == []
 
 
@@ -133,10 +145,10 @@ def test_no_file_is_outside_the_budgets():
 
 @pytest.mark.parametrize('path', SOURCES)
 def test_style(path):
-    """ ASCII outside tests, 120 columns (132 in tests, where data stands), no function over 60 lines, no notes to oneself """
+    """ ASCII outside tests, 120 columns, no function over 60 lines, no notes to oneself """
     source = open(os.path.join(ROOT, path), encoding='utf-8').read()
     assert path.startswith('tests') or source.isascii()
-    assert max(map(len, source.splitlines())) <= (150 if path.startswith('tests') else 132)
+    assert max(map(len, source.splitlines())) <= 120
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 60, node.name

@@ -42,7 +42,8 @@ def test_greedy_text_is_that_of_the_model(trained, script, capsys):
 
 
 @pytest.mark.parametrize('options, length', [
-    (['--start='], 7), (['--top_k=0'], 7), (['--top_k=5000'], 7), (['--temperature=0'], 7), (['--temperature=2', '--top_k=1'], 7),
+    (['--start='], 7), (['--top_k=0'], 7), (['--top_k=5000'], 7), (['--temperature=0'], 7),
+    (['--temperature=2', '--top_k=1'], 7),
     (['--start=FILE:prompt.txt'], 13), (['--dtype=bfloat16'], 7), (['--ckpt=last'], 7)])
 def test_options(trained, script, capsys, options, length):
     open('prompt.txt', 'w').write('abc\ndefg')
@@ -57,9 +58,11 @@ def test_a_long_prompt_is_cropped_with_a_note(trained, script, capsys):
 
 
 @pytest.mark.parametrize('options, words', [
-    (['--start=aZ42'], "not in the vocabulary: '2' '4' 'Z'; it has '\\nabcdefgh'"), (['--start=FILE:none.txt'], 'none.txt'),
+    (['--start=aZ42'], "not in the vocabulary: '2' '4' 'Z'; it has '\\nabcdefgh'"),
+    (['--start=FILE:none.txt'], 'none.txt'),
     (['--start=FILE:binary'], 'binary'), (['--temperature=-1'], '--temperature=-1.0'), (['--top_k=-3'], '--top_k=-3'),
-    (['--num_samples=0'], '--num_samples=0'), (['--max_new_tokens=0'], '--max_new_tokens=0'), (['--ckpt=old'], '--ckpt=old'),
+    (['--num_samples=0'], '--num_samples=0'), (['--max_new_tokens=0'], '--max_new_tokens=0'),
+    (['--ckpt=old'], '--ckpt=old'),
     (['--out_dir=gone'], "no checkpoint in 'gone'; --out_dir=out has one"), (['--init_from=gpt9'], '--init_from=gpt9'),
     (['--temprature=1'], "did you mean 'temperature'?")])
 def test_wrong_input(trained, fails, options, words):
@@ -72,7 +75,8 @@ def test_nanogpts_own_checkpoint(tiny, script, fails, capsys):
     script('train.py', *TINY, '--max_iters=1')
     ours = torch.load('out/ckpt.pt', weights_only=True)
     os.makedirs('theirs')
-    torch.save({key: ours[key] for key in ('model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config')}, 'theirs/ckpt.pt')
+    torch.save({key: ours[key] for key in ('model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config')},
+               'theirs/ckpt.pt')
     os.remove('data/tiny/meta.json')   # leaves meta.pkl
     capsys.readouterr()
     script('sample.py', *SHORT, '--out_dir=theirs', '--start=abc')
@@ -90,7 +94,8 @@ def test_gpt2_tokens_never_come_from_the_padding(here, script, capsys, start):
     model = GPT(GPTConfig(8, 50304, 1, 1, 8))
     with torch.no_grad():
         model.lm_head.weight[50257:] *= 1000
-    save('out/ckpt.pt', {'model': model.state_dict(), 'model_args': model_args(model.config), 'tokenizer': {'name': 'gpt2'}})
+    save('out/ckpt.pt',
+         {'model': model.state_dict(), 'model_args': model_args(model.config), 'tokenizer': {'name': 'gpt2'}})
     script('sample.py', *SHORT, f'--start={start}', '--top_k=0')
     assert len(texts(capsys)) == 2
 

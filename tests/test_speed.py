@@ -1,4 +1,4 @@
-""" Timings, each against a yardstick in the same run: pytest -m benchmark -s. Ratios are medians of alternating rounds. """
+""" Timings, each against a yardstick that takes turns with it: pytest -m benchmark -s """
 import os
 import statistics
 import time
@@ -90,8 +90,8 @@ def report(ours, theirs):
     """ the median over rounds of 50 iterations of the ratio of medians """
     ours, theirs = (np.array(times[-(len(times) // 50 * 50):]).reshape(-1, 50) for times in (ours, theirs))
     ratios = np.median(ours, 1) / np.median(theirs, 1)
-    print(f"\nplain {np.median(theirs) * 1e3:.1f} ms, ours {np.median(ours) * 1e3:.1f} ms, ours / plain: median of {len(ratios)} rounds "
-          f"{np.median(ratios):.3f}, from {ratios.min():.3f} to {ratios.max():.3f}")
+    print(f"\nplain {np.median(theirs) * 1e3:.1f} ms, ours {np.median(ours) * 1e3:.1f} ms, ours / plain: "
+          f"median of {len(ratios)} rounds {np.median(ratios):.3f}, from {ratios.min():.3f} to {ratios.max():.3f}")
     return np.median(ratios)
 
 
@@ -118,6 +118,7 @@ def test_an_iteration_against_plain_pytorch(here, script, monkeypatch):
             ours.append(record['time'] - theirs[-1])
             theirs.append(bare())
     monkeypatch.setattr(Logger, 'log', take_turns)
-    script('train.py', os.path.join(ROOT, 'config', 'train_shakespeare_char_cpu.py'), '--eval_interval=10000', '--max_iters=750',
+    script('train.py', os.path.join(ROOT, 'config', 'train_shakespeare_char_cpu.py'), '--eval_interval=10000',
+           '--max_iters=750',
            '--eval_iters=1', '--log_interval=1')
     assert report(ours, theirs) <= 1.05
