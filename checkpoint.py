@@ -142,7 +142,10 @@ def crop(checkpoint: dict, block_size: int) -> None:
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """ take over the moments; the settings (rates, decay, fused) stay those of this run, not the checkpoint's """
     settings = [{key: value for key, value in group.items() if key != 'params'} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
+    try:
+        optimizer.load_state_dict(state)
+    except (ValueError, KeyError) as error:
+        fail(f"the checkpoint's optimizer state does not fit this model ({error}); it has weights only, or is damaged")
     for group, values in zip(optimizer.param_groups, settings, strict=True):
         group.update(values)
 

@@ -145,7 +145,7 @@ with one_line_errors():
     optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, eps=adam_eps)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)   # small gradients would be 0 in float16
 if resumed:
-    checkpoint.load_optimizer(optimizer, resumed['optimizer'])
+    checkpoint.load_optimizer(optimizer, resumed.get('optimizer', {}))
     scaler.load_state_dict(resumed.get('scaler') or scaler.state_dict())
     set_rng_state(resumed.get('rng') or rng_state(device), device)
 
@@ -199,6 +199,10 @@ def forward_backward(model, x, y):
     return loss.detach()
 
 
+tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
+print0(f"model: {model.get_num_params():,} parameters without positions, on {device_name(device)} in {dtype}")
+print0(f"data: {dataset}, {len(splits['train']):,} tokens to train on, {len(splits['val']):,} to validate, "
+       f"{tokens_per_iter:,} an iteration")
 raw_model = model   # without the wrapper of torch.compile
 if compile:
     print0("compiling the model (a minute or more, once) ...")
@@ -206,15 +210,11 @@ if compile:
     optimizer.zero_grad(set_to_none=True)
 
 # ---- loop
-tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
-print0(f"model: {raw_model.get_num_params():,} parameters without positions, on {device_name(device)} in {dtype}")
-print0(f"data: {dataset}, {len(splits['train']):,} tokens to train on, {len(splits['val']):,} to validate, "
-       f"{tokens_per_iter:,} an iteration")
 if not eval_only and init_from == 'scratch':
     checkpoint.move_aside(out_dir)
 logger = None if eval_only else Logger(out_dir, iter_num, config, resumed.get('wandb_id', ''))
 del resumed                                     # its tensors are in use or not needed
-bad_steps = 0                                   # updates skipped in a row
+bad_steps, most_bad_steps = 0, 10               # updates skipped in a row, and how many end the run
 eval_time = 0.0                                 # of the latest evaluation
 logged_iter, logged_at = iter_num, time.perf_counter()   # the log line's time is measured from here
 
@@ -269,8 +269,8 @@ while not stop.received:
                f"{tokens_per_iter / seconds:,.0f} tok/s, mfu {f'{mfu:.1%}' if mfu else 'n/a'}, eta {duration(eta)}")
         logger.log({'iter': iter_num - 1, 'loss': loss, 'lr': lr, 'grad_norm': norm, 'time': seconds,
                     'tokens_per_second': tokens_per_iter / seconds, 'mfu': mfu})
-    if bad_steps == 10:
-        print0("stopped: ten updates in a row had a loss or gradient that is not finite, none was applied. Try a lower "
+    if bad_steps == most_bad_steps:
+        print0(f"stopped: {bad_steps} updates in a row had a loss or gradient that is not finite, none was applied. Try a lower "
                "--learning_rate, --adam_eps=1e-5 or --dtype=float32 from an earlier checkpoint, or look at the data")
         break
 
@@ -282,5 +282,7 @@ if logger:
     print0(f"saved {os.path.join(out_dir, checkpoint.LATEST)} at iteration {iter_num}; "
            f"best validation loss {best_val_loss:.4f} in {os.path.join(out_dir, checkpoint.BEST)}\n"
            f"sample from it: python sample.py --out_dir={out_dir}")
-if bad_steps == 10 or stop.received:
-    sys.exit(3 if bad_steps == 10 else 128 + stop.received)
+if bad_steps == most_bad_steps:
+    sys.exit(3)
+if stop.received:
+    sys.exit(128 + stop.received)

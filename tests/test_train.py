@@ -277,6 +277,12 @@ def test_wrong_settings_end_in_one_line_and_touch_nothing(tiny, fails, options, 
     assert os.listdir() == ['data']
 
 
+def test_weights_alone_are_not_resumed(tiny, script, fails):
+    script('train.py', *TINY, '--max_iters=1')
+    os.replace('out/ckpt_best.pt', 'out/ckpt.pt')
+    assert "optimizer state does not fit" in fails('train.py', *TINY, '--init_from=resume')[1]
+
+
 def test_a_damaged_checkpoint_is_not_resumed(tiny, script, fails):
     script('train.py', *TINY, '--max_iters=1')
     content = bytearray(open('out/ckpt.pt', 'rb').read())
