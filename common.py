@@ -75,8 +75,8 @@ def has_bfloat16(device_type: str) -> bool:
     """ whether the hardware multiplies bfloat16 matrices itself; emulation, as on T4 and most CPUs, is slow """
     if device_type == 'cuda':
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities() if device_type == 'cpu' else {}
-    return any(capabilities.get(name, False) for name in ('avx512_bf16', 'amx_bf16', 'bf16'))   # the last is Arm's
+    # private, but the only names that PyTorch 2.10 to 2.13 all have
+    return device_type == 'cpu' and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def resolve_dtype(dtype: str, device_type: str) -> torch.dtype:

@@ -43,7 +43,8 @@ def test_dtype_auto(monkeypatch, device, native_bf16, expected):
     """ a T4 emulates bfloat16: so is_bf16_supported() is True there unless including_emulation=False """
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported',
                         lambda including_emulation=True: native_bf16 or including_emulation)
-    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {'avx512_bf16': native_bf16})
+    monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: native_bf16)
+    monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: False)
     assert resolve_dtype('auto', device) is expected
     assert resolve_dtype('float16', device) is torch.float16
     with pytest.raises(SystemExit, match='--dtype=fp16 is none of auto, float32, bfloat16, float16'):
