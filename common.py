@@ -44,10 +44,10 @@ def require(config: dict, least: int, *keys: str) -> None:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """ a ValueError about the user's numbers ends the script in one line """
+    """ a ValueError about the user's numbers, or an OSError about the user's files, ends the script in one line """
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         fail(str(error))
 
 

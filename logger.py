@@ -1,4 +1,5 @@
 """ Where a run's numbers go: always out_dir/log.jsonl, one JSON object a line, and wandb when asked. """
+import contextlib
 import json
 import math
 import os
@@ -38,8 +39,11 @@ class Logger:
     def log(self, record: dict) -> None:
         """ record: plain numbers, with 'iter'; one that is not finite becomes null, which JSON has """
         record = {key: value if value is None or math.isfinite(value) else None for key, value in record.items()}
-        self._file.write(json.dumps(record) + '\n')
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record) + '\n')
+            self._file.flush()
+        except OSError as error:
+            print0(f"warning: a record is missing in log.jsonl ({error})")
         if self._run:
             try:
                 named = {WANDB_NAMES.get(key, key): value for key, value in record.items() if value is not None}
@@ -49,7 +53,8 @@ class Logger:
                 self._run = None
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):   # of records that could not be written before
+            self._file.close()
         if self._run:
             self._run.finish()
 

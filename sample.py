@@ -37,7 +37,7 @@ require(config, 0, 'temperature', 'top_k')
 device = resolve_device(device)
 device_type = torch.device(device).type
 context = autocast(device_type, resolve_dtype(dtype, device_type))
-torch.manual_seed(seed)
+torch.manual_seed(seed % 2**63)   # any int will do
 if hasattr(sys.stdout, 'reconfigure'):
     sys.stdout.reconfigure(encoding='utf-8', errors='replace')   # models write characters that a console may not know
 
@@ -48,11 +48,8 @@ model = checkpoint.build_model(trained, dropout=0.0).to(device).eval()
 
 # ---- prompt
 if start.startswith('FILE:'):
-    try:
-        with open(start[5:], encoding='utf-8') as file:
-            start = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"the prompt in --start={start} cannot be read: {error}")
+    with one_line_errors(), open(start[5:], encoding='utf-8') as file:
+        start = file.read()
 with one_line_errors():
     ids = tokenizer.encode(start, special=True).tolist() or [tokenizer.start]
 if len(ids) > model.config.block_size:

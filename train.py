@@ -99,7 +99,7 @@ context = autocast(device_type, dtype)
 peak = peak_flops(device_name(device), dtype)   # FLOP/s or None
 if device_type == 'cuda':
     torch.set_float32_matmul_precision('high')  # TF32 for what is left in float32
-torch.manual_seed(seed)
+torch.manual_seed(seed % 2**63)                 # any int will do
 stop = StopSignals()
 
 # ---- data
@@ -210,9 +210,10 @@ if compile:
     optimizer.zero_grad(set_to_none=True)
 
 # ---- loop
-if not eval_only and init_from == 'scratch':
-    checkpoint.move_aside(out_dir)
-logger = None if eval_only else Logger(out_dir, iter_num, config, resumed.get('wandb_id', ''))
+with one_line_errors():
+    if not eval_only and not resumed:
+        checkpoint.move_aside(out_dir)
+    logger = None if eval_only else Logger(out_dir, iter_num, config, resumed.get('wandb_id', ''))
 del resumed                                     # its tensors are in use or not needed
 bad_steps, most_bad_steps = 0, 10               # updates skipped in a row, and how many end the run
 eval_time = 0.0                                 # of the latest evaluation

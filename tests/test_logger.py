@@ -27,6 +27,14 @@ def test_a_resumed_log_repeats_nothing(here):
     assert json.loads(open('out/log.jsonl').readlines()[-1]) == {'iter': 2, 'loss': None, 'mfu': None}
 
 
+def test_a_full_disk_does_not_stop_the_run(here, capsys):
+    log = Logger('out', 0, OFF)
+    log._file = open('/dev/full', 'w')   # every write fails as on a full disk
+    log.log({'iter': 0, 'loss': 1.0})
+    log.close()
+    assert 'warning: a record is missing in log.jsonl' in capsys.readouterr().out
+
+
 WANDB = {'wandb_log': True, 'wandb_project': 'p', 'wandb_run_name': 'n', 'out_dir': 'out', 'max_iters': 1}
 
 

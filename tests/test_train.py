@@ -271,7 +271,7 @@ def test_a_full_disk_does_not_stop_training_but_shows_at_the_end(tiny, fails, sc
     (['--vocab_size=5'], 'token id 8 does not fit vocab_size=5'), (['--device=warp'], '--device=warp'),
     (['--dtype=half'], '--dtype=half'), (['--learning_rate=-1'], '--learning_rate=-1.0 must be at least 0'),
     (['--log_interval=0'], '--log_interval=0'),
-    (['--eval_iters=-1'], '--eval_iters=-1'), (['--beta2=1.5'], 'beta'), (['--grad_clip=-1'], '--grad_clip=-1.0')])
+    (['--out_dir=data/tiny/train.bin'], "'data/tiny/train.bin'"), (['--eval_iters=-1'], '--eval_iters=-1'), (['--beta2=1.5'], 'beta'), (['--grad_clip=-1'], '--grad_clip=-1.0')])
 def test_wrong_settings_end_in_one_line_and_touch_nothing(tiny, fails, options, words):
     assert words in fails('train.py', *TINY, *options)[1]
     assert os.listdir() == ['data']
