@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import atomic_write, fail, print0
+from common import atomic_write, fail, first_line, print0
 from model import GPT, GPTConfig
 
 LATEST, BEST = 'ckpt.pt', 'ckpt_best.pt'
@@ -60,7 +60,7 @@ def save(path: str, state: dict) -> bool:
         with atomic_write(path) as file:
             torch.save(state, file)
     except (OSError, RuntimeError) as error:   # torch reports a failed write as either
-        print0(f"warning: {path} was not saved ({str(error).splitlines()[0]}); what stood there before still does")
+        print0(f"warning: {path} was not saved ({first_line(error)}); what stood there before still does")
         return False
     return True
 
@@ -105,7 +105,7 @@ def load(path: str) -> dict:
     except pickle.UnpicklingError:
         fail(f"{path} holds more than tensors and plain values; loading it could run code, so it was not loaded")
     except (OSError, zipfile.BadZipFile, EOFError, RuntimeError) as error:
-        fail(f"{path} is damaged or not a checkpoint ({str(error).splitlines()[0]})")
+        fail(f"{path} is damaged or not a checkpoint ({first_line(error)})")
     parts = [checkpoint.get(key) for key in ('model', 'model_args')] if isinstance(checkpoint, dict) else [None]
     if not all(isinstance(part, dict) for part in parts):
         fail(f"{path} is not a GPT checkpoint: it has no model and model_args")

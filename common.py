@@ -24,9 +24,12 @@ DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch
 # ---- output
 
 def print0(*values) -> None:
-    """ print on rank 0 only, without waiting for the buffer to fill """
+    """ print on rank 0 only, without waiting for the buffer to fill; a reader that has gone does not end the run """
     if os.environ.get('RANK', '0') == '0':
-        print(*values, flush=True)
+        try:
+            print(*values, flush=True)
+        except OSError:   # a closed pipe or terminal
+            sys.stdout = open(os.devnull, 'w')
 
 
 def fail(message: str) -> None:
@@ -42,13 +45,18 @@ def require(config: dict, least: int, *keys: str) -> None:
             fail(f"--{key}={config[key]} must be at least {least}")
 
 
+def first_line(error: Exception) -> str:
+    """ what an exception says, in one line; its type where it says nothing """
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """ a ValueError about the user's numbers, or an OSError about the user's files, ends the script in one line """
     try:
         yield
     except (ValueError, OSError) as error:
-        fail(str(error))
+        fail(first_line(error))
 
 
 def duration(seconds: float) -> str:
@@ -67,7 +75,7 @@ def resolve_device(device: str) -> str:
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:   # an AssertionError where torch was built without CUDA
-        fail(f"--device={device} cannot be used here ({str(error).splitlines()[0]}); try --device=auto")
+        fail(f"--device={device} cannot be used here ({first_line(error)}); try --device=auto")
     return device
 
 
@@ -93,10 +101,12 @@ def autocast(device_type: str, dtype: torch.dtype) -> contextlib.AbstractContext
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device_type, dtype)
 
 
-def synchronize(device_type: str) -> None:
+def synchronize(device: str) -> None:
     """ wait for the device, so that a clock read next measures work that is done """
-    if device_type in ('cuda', 'mps'):
-        getattr(torch, device_type).synchronize()
+    if device.startswith('cuda'):
+        torch.cuda.synchronize(device)
+    elif device == 'mps':
+        torch.mps.synchronize()
 
 
 def device_name(device: str) -> str:
@@ -134,7 +144,7 @@ def try_compile(model: torch.nn.Module, run: Callable, device: str, **options) -
         run(compiled)   # compilation happens at the first call
         return compiled
     except Exception as error:   # no C++ compiler, no Triton, an unsupported platform, ...
-        print0(f"warning: torch.compile does not work here ({str(error).strip().splitlines()[0]}), running eager")
+        print0(f"warning: torch.compile does not work here ({first_line(error)}), running eager")
         return model
     finally:
         set_rng_state(state, device)
@@ -143,23 +153,29 @@ def try_compile(model: torch.nn.Module, run: Callable, device: str, **options) -
 # ---- faults
 
 class StopSignals:
-    """ SIGINT and SIGTERM ask to stop: .received holds the first one's number, a second one kills at once """
+    """ SIGINT, SIGTERM and SIGHUP ask to stop: .received is the first one's number, a second one kills at once """
 
     def __init__(self) -> None:
         self.received = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
+        self._numbers = [signal.SIGINT, signal.SIGTERM]
+        hang_up = getattr(signal, 'SIGHUP', None)   # Windows has none, and nohup wants it ignored
+        if hang_up and signal.getsignal(hang_up) != signal.SIG_IGN:
+            self._numbers.append(hang_up)
+        for number in self._numbers:
             signal.signal(number, self._receive)
 
     def _receive(self, number, frame) -> None:
         self.received = number
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        print0(f"{signal.Signals(number).name}: finishing this step, then saving; once more stops at once")
+        for each in self._numbers:
+            signal.signal(each, signal.SIG_DFL)
+        # not print: the signal may have come in the middle of one
+        os.write(2, f"{signal.Signals(number).name}: finishing this step, then saving; once more stops at once\n".encode())
 
 
 @contextlib.contextmanager
 def atomic_write(path: str) -> Iterator[IO[bytes]]:
     """ a binary file to write; its content stands under path, whole, when the block ends, or path stays as it was """
+    path = os.path.realpath(path)   # through a link, not over it
     temporary = f'{path}.tmp'
     try:
         with open(temporary, 'wb') as file:
@@ -172,6 +188,6 @@ def atomic_write(path: str) -> Iterator[IO[bytes]]:
             os.remove(temporary)
         raise
     if os.name == 'posix':   # the new name itself must reach the disk too
-        folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+        folder = os.open(os.path.dirname(path), os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)

@@ -4,7 +4,7 @@ import json
 import math
 import os
 
-from common import atomic_write, print0
+from common import atomic_write, first_line, print0
 
 WANDB_NAMES = {'train_loss': 'train/loss', 'val_loss': 'val/loss'}   # as nanoGPT's dashboards know them
 
@@ -68,7 +68,7 @@ def _start_wandb(config: dict, wandb_id: str):
         try:
             return wandb.init(**options)
         except wandb.errors.Error as error:
-            print0(f"warning: wandb runs offline ({str(error).splitlines()[0]}); upload later with: wandb sync")
+            print0(f"warning: wandb runs offline ({first_line(error)}); upload later with: wandb sync")
             return wandb.init(**options, mode='offline')
     except Exception as error:   # not installed, or no place to write
         print0(f"warning: no wandb ({error}); log.jsonl has the same numbers")

@@ -25,7 +25,7 @@ config = configure(globals())
 import torch
 
 import checkpoint
-from common import autocast, fail, one_line_errors, require, resolve_device, resolve_dtype, try_compile
+from common import autocast, fail, one_line_errors, print0, require, resolve_device, resolve_dtype, try_compile
 from dataset import tokenizer_of
 from model import GPT
 
@@ -63,4 +63,5 @@ with torch.no_grad(), context:
         model = try_compile(model, lambda compiled: compiled(x[:, -model.config.block_size:]), device, dynamic=True)
     samples = GPT.generate(model, x, max_new_tokens, temperature, top_k, num_ids=tokenizer.vocab_size)
 for sample in samples.tolist():
-    print(tokenizer.decode(sample), '-' * 15, sep='\n')
+    print0(tokenizer.decode(sample))
+    print0('-' * 15)

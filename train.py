@@ -222,7 +222,7 @@ logged_iter, logged_at = iter_num, time.perf_counter()   # the log line's time i
 while not stop.received:
     # evaluate, and keep what is worth keeping
     if eval_only or iter_num != eval_iter and (iter_num % eval_interval == 0 or iter_num >= max_iters):
-        synchronize(device_type)
+        synchronize(device)
         paused_at = time.perf_counter()
         (train_loss, _), (val_loss, val_stderr) = evaluate('train'), evaluate('val')
         print0(f"step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f} +- {val_stderr:.4f}")
@@ -260,7 +260,7 @@ while not stop.received:
 
     # log; the loss is the mean over the micro-steps, before the update
     if (iter_num - 1) % log_interval == 0:
-        synchronize(device_type)
+        synchronize(device)
         seconds = (time.perf_counter() - logged_at) / (iter_num - logged_iter)
         logged_iter, logged_at = iter_num, time.perf_counter()
         sequences = gradient_accumulation_steps * batch_size

@@ -85,6 +85,14 @@ def test_rng_state_round_trip():
     assert torch.equal(torch.rand(3), drawn)
 
 
+def test_atomic_write_goes_through_a_link(here):
+    os.makedirs('large_disk')
+    os.symlink('large_disk/file', 'file')
+    with atomic_write('file') as file:
+        file.write(b'x')
+    assert os.path.islink('file') and open('large_disk/file').read() == 'x'
+
+
 def test_duration():
     assert [duration(s) for s in (0.4, 59.4, 200, 7260)] == ['0s', '59s', '3m20s', '2h01m']
 

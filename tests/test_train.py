@@ -292,12 +292,13 @@ def test_a_damaged_checkpoint_is_not_resumed(tiny, script, fails):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_finishes_the_step_and_saves(tiny, script, number, code):
     """ a real signal to a real process, whose run then continues as if nothing had happened """
     options = [*TINY, '--max_iters=100000', '--lr_decay_iters=50', '--dropout=0.1', '--learning_rate=1e-3']
     process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'train.py'), *options], text=True,
-                               stdout=subprocess.PIPE, env={**os.environ, 'OMP_NUM_THREADS': '1'})   # exact, as here
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               env={**os.environ, 'OMP_NUM_THREADS': '1'})   # exact, as here
     for line in process.stdout:
         if line.startswith('iter 20:'):
             process.send_signal(number)
@@ -313,10 +314,29 @@ def test_a_signal_finishes_the_step_and_saves(tiny, script, number, code):
 
 
 @pytest.mark.slow
+def test_a_reader_that_goes_away_does_not_end_the_run(tiny):
+    """ python train.py | head -1, and a log_interval that writes much more than that """
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'train.py'), *TINY, '--max_iters=30'], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert 'Error' not in process.stderr.read()
+    process.wait()
+    assert load('out/ckpt.pt')['iter_num'] == 30
+
+
+@pytest.mark.slow
+def test_nohup_is_respected(tiny):
+    code = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); import common; common.StopSignals(); " \
+           "assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and signal.getsignal(signal.SIGTERM) != signal.SIG_DFL"
+    assert subprocess.run([sys.executable, '-c', code], env={**os.environ, 'PYTHONPATH': ROOT}).returncode == 0
+
+
+@pytest.mark.slow
 def test_a_second_signal_stops_at_once(tiny):
     code = "import common, time; common.StopSignals(); print('ready', flush=True); time.sleep(60)"
-    process = subprocess.Popen([sys.executable, '-c', code],
-                               stdout=subprocess.PIPE, text=True, env={**os.environ, 'PYTHONPATH': ROOT})
+    process = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, env={**os.environ, 'PYTHONPATH': ROOT})
     process.stdout.readline()
     process.send_signal(signal.SIGTERM)
     assert 'SIGTERM: finishing' in process.stdout.readline()
