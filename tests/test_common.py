@@ -71,6 +71,7 @@ def test_atomic_write_is_all_or_nothing(here):
     with atomic_write('file') as file:
         file.write(b'old')
         assert not os.path.exists('file')
+    assert os.listdir() == ['file']
     for error in (KeyboardInterrupt, OSError):
         with contextlib.suppress(error), atomic_write('file') as file:
             file.write(b'new')

@@ -255,6 +255,7 @@ def test_a_batch_depends_on_seed_stream_and_step_alone(here):
 
 def test_batch_seeds_do_not_collide_and_offsets_are_uniform(here):
     assert len({batch_seed(1337, 'train', step) for step in range(100_000)}) == 100_000
+    assert len({batch_seed(1337, 'train', step) for step in [0, *(2**k for k in range(32))]}) == 33
     fill('x', train=range(1008))
     split = open_dataset('x')[1]['train']
     starts = torch.cat([split.batch(8, 7, 0, 'train', step)[:, 0] for step in range(5000)])
