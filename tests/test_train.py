@@ -103,6 +103,42 @@ def test_accumulated_micro_steps_are_one_large_batch(tiny, script, monkeypatch):
     assert record['grad_norm'] == pytest.approx(norm.item(), rel=1e-5)
 
 
+def test_the_loop_is_the_textbook_one(tiny, script):
+    """ four updates against the loop written out: schedule, micro-steps in order, clipping, AdamW with these settings """
+    split = script('train.py', *TINY, '--max_iters=4', '--grad_clip=0.3', '--adam_eps=1e-3', '--weight_decay=0.5',
+                   '--beta1=0.8', '--beta2=0.9')['splits']['train']
+    torch.manual_seed(1337)
+    model = model_module.GPT(model_module.GPTConfig(8, 9, 2, 2, 16, bias=False))
+    groups = [{'params': [p for p in model.parameters() if p.dim() == 2], 'weight_decay': 0.5},
+              {'params': [p for p in model.parameters() if p.dim() == 1], 'weight_decay': 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.8, 0.9), eps=1e-3)
+    for i in range(4):
+        cosine = 0.5 * (1 + math.cos(math.pi * (i - 2) / 98))
+        lr = 1e-2 * (i + 1) / 3 if i < 2 else 6e-5 + cosine * (1e-2 - 6e-5)
+        for step in (2 * i, 2 * i + 1):
+            rows = split.batch(4, 8, 1337, 'train', step)
+            (model(rows[:, :-1], rows[:, 1:])[1] / 2).backward()
+        assert torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3) > 0.3
+        for group in optimizer.param_groups:
+            group['lr'] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, tensor in load('out/ckpt.pt')['model'].items():
+        assert torch.allclose(tensor, model.state_dict()[name], atol=1e-6), name
+
+
+def test_the_time_of_an_iteration_leaves_evaluation_out(tiny, script, monkeypatch):
+    import dataset
+    batch = dataset.Split.batch
+
+    def slow(self, batch_size, block_size, seed, stream, step):
+        time.sleep(0.1 if stream.startswith('eval') else 0)
+        return batch(self, batch_size, block_size, seed, stream, step)
+    monkeypatch.setattr(dataset.Split, 'batch', slow)
+    script('train.py', *TINY, '--eval_interval=1')   # each evaluation sleeps 0.4 s
+    assert sorted(record['time'] for record in records('loss'))[3] < 0.2
+
+
 def test_the_schedule(tiny, script):
     get_lr = script('train.py', *TINY, '--max_iters=0', '--learning_rate=1', '--min_lr=0.1', '--warmup_iters=9',
                     '--lr_decay_iters=109')['get_lr']
