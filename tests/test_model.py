@@ -157,6 +157,17 @@ def test_dropout_only_in_training():
     assert not torch.equal(model(x, x)[0], model(x, x)[0])
 
 
+@pytest.mark.parametrize('place', ['embedding', 'attention', 'projection', 'mlp'])
+def test_each_of_the_four_dropouts_works_alone(place):
+    model, x = small(n_layer=1).train(), ids(2, 8)
+    block = model.transformer.h[0]
+    if place == 'attention':
+        block.attn.dropout = 0.5
+    else:
+        {'embedding': model.transformer.drop, 'projection': block.attn.resid_dropout, 'mlp': block.mlp.dropout}[place].p = 0.5
+    assert not torch.equal(model(x, x)[0], model(x, x)[0])
+
+
 def test_every_parameter_is_in_one_group():
     for bias in (True, False):
         model = small(bias=bias)

@@ -78,6 +78,39 @@ def test_resume_is_exact(tiny, script, dtype):
         assert all(one[key] == two[key] for key in ('iter', 'loss', 'grad_norm', 'lr'))
 
 
+def test_the_dtype_reaches_the_products(tiny, script):
+    for dtype in ('float32', 'bfloat16', 'float16'):
+        script('train.py', *TINY, '--max_iters=1', f'--dtype={dtype}', f'--out_dir={dtype}')
+    losses = [records('loss', f'{dtype}/log.jsonl')[0]['loss'] for dtype in ('float32', 'bfloat16', 'float16')]
+    assert len(set(losses)) == 3 and losses[1:] == pytest.approx([losses[0]] * 2, abs=0.02)
+    assert load('float16/ckpt.pt')['scaler']['scale'] > 1 and load('float32/ckpt.pt')['scaler'] == {}
+
+
+def test_training_is_not_evaluated_on_its_own_batches(tiny, script, monkeypatch):
+    import dataset
+    seen, batch = [], dataset.Split.batch
+
+    def spy(self, batch_size, block_size, seed, stream, step):
+        seen.append((stream, step))
+        return batch(self, batch_size, block_size, seed, stream, step)
+    monkeypatch.setattr(dataset.Split, 'batch', spy)
+    script('train.py', *TINY, '--max_iters=1')
+    assert set(seen) == {('train', 0), ('train', 1), *((f'eval {split}', k) for split in ('train', 'val') for k in (0, 1))}
+
+
+def test_gpt2s_vocabulary_is_rounded_up(tiny, script):
+    for name in ('meta.json', 'meta.pkl'):
+        os.remove(f'data/tiny/{name}')
+    script('train.py', *TINY, '--max_iters=0')
+    assert load('out/ckpt.pt')['model_args']['vocab_size'] == 50304
+
+
+def test_dropout_can_change_on_resume(tiny, script):
+    script('train.py', *TINY, '--max_iters=1')
+    script('train.py', *TINY, '--max_iters=2', '--init_from=resume', '--dropout=0.5')
+    assert load('out/ckpt.pt')['model_args']['dropout'] == 0.5
+
+
 def test_evaluation_does_not_change_training(tiny, script):
     script('train.py', *TINY, '--dropout=0.3', '--out_dir=a')
     script('train.py', *TINY, '--dropout=0.3', '--out_dir=b', '--eval_interval=1', '--eval_iters=5')
@@ -289,6 +322,17 @@ def test_one_bad_update_is_skipped_and_training_goes_on(tiny, script, monkeypatc
     monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', poisoned)
     script('train.py', *TINY)
     assert load('out/ckpt.pt')['iter_num'] == 6 and tensors()['0 step'] == 5
+
+
+def test_bad_updates_that_are_not_in_a_row_do_not_stop_the_run(tiny, script, monkeypatch):
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def poisoned(*arguments):
+        calls.append(1)
+        return clip(*arguments) * (math.inf if len(calls) % 2 else 1)
+    monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', poisoned)
+    script('train.py', *TINY, '--max_iters=24')
+    assert load('out/ckpt.pt')['iter_num'] == 24 and tensors()['0 step'] == 12
 
 
 def test_a_full_disk_does_not_stop_training_but_shows_at_the_end(tiny, fails, script, capsys, monkeypatch):
