@@ -56,7 +56,10 @@ class Logger:
         with contextlib.suppress(OSError):   # of records that could not be written before
             self._file.close()
         if self._run:
-            self._run.finish()
+            try:
+                self._run.finish()
+            except Exception as error:   # such as an upload that failed
+                print0(f"warning: wandb did not finish ({first_line(error)}); log.jsonl is complete")
 
 
 def _start_wandb(config: dict, wandb_id: str):

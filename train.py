@@ -231,8 +231,9 @@ while not stop.received:
         improved, eval_iter = val_loss < best_val_loss, iter_num
         logger.log({'iter': iter_num, 'train_loss': train_loss, 'val_loss': val_loss, 'val_stderr': val_stderr})
         if improved:
-            best_val_loss = val_loss
-            save(checkpoint.BEST)
+            before, best_val_loss = best_val_loss, val_loss
+            if not save(checkpoint.BEST):
+                best_val_loss = before          # of the file that is there
         if (improved or always_save_checkpoint) and save_latest():
             saved_iter = iter_num
         eval_time = time.perf_counter() - paused_at
@@ -277,8 +278,9 @@ while not stop.received:
 
 # ---- end
 if logger:
+    saved = saved_iter == iter_num or save_latest()
     logger.close()
-    if saved_iter != iter_num and not save_latest():
+    if not saved:
         fail(f"the state at iteration {iter_num} is lost, the checkpoint in {out_dir} is an earlier one")
     print0(f"saved {os.path.join(out_dir, checkpoint.LATEST)} at iteration {iter_num}; "
            f"best validation loss {best_val_loss:.4f} in {os.path.join(out_dir, checkpoint.BEST)}\n"

@@ -69,12 +69,13 @@ def test_wandb_that_is_missing_or_breaks_does_not_stop_anything(here, capsys, mo
                 raise RuntimeError("connection lost")
 
         def finish(self):
-            pass
+            raise RuntimeError("upload failed")
     monkeypatch.setattr('logger._start_wandb', lambda config, wandb_id: Run())
     log = Logger('out', 0, WANDB)
     for i in range(4):
         log.log({'iter': i, 'train_loss': 1.0, 'val_loss': 2.0, 'lr': 0.1, 'mfu': 0.25})
     log.close()
+    Logger('out', 4, WANDB).close()
     assert Run.seen[0] == {'iter': 0, 'train/loss': 1.0, 'val/loss': 2.0, 'lr': 0.1, 'mfu': 25.0}   # nanoGPT's names
-    assert len(Run.seen) == 2 and capsys.readouterr().out.count('connection lost') == 1
+    assert len(Run.seen) == 2 and (out := capsys.readouterr().out).count('connection lost') == 1 and 'upload failed' in out
     assert len(read_log('out/log.jsonl')) == 4

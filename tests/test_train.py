@@ -199,6 +199,21 @@ def test_the_best_is_kept_when_the_latest_gets_worse(tiny, script):
     assert (latest['iter_num'], latest['best_val_loss']) == (8, losses[best])
 
 
+def test_a_best_that_could_not_be_saved_is_not_the_best(tiny, script, monkeypatch):
+    import checkpoint
+    save, failed = checkpoint.save, []
+
+    def fails_once(path, state):
+        if path.endswith('best.pt') and not failed:
+            failed.append(1)
+            return False
+        return save(path, state)
+    monkeypatch.setattr(checkpoint, 'save', fails_once)
+    script('train.py', *TINY, '--learning_rate=0.5', '--min_lr=0.5', '--max_iters=8', '--eval_interval=2')
+    losses = {r['iter']: r['val_loss'] for r in records('val_loss')}
+    assert load('out/ckpt_best.pt')['best_val_loss'] == min(loss for i, loss in losses.items() if i) > losses[0]
+
+
 def test_always_save_checkpoint(tiny, script, monkeypatch):
     import checkpoint
     written, save = [], checkpoint.save
