@@ -169,7 +169,8 @@ class StopSignals:
         for each in self._numbers:
             signal.signal(each, signal.SIG_DFL)
         # not print: the signal may have come in the middle of one
-        os.write(2, f"{signal.Signals(number).name}: finishing this step, then saving; once more stops at once\n".encode())
+        line = f"{signal.Signals(number).name}: finishing this step, then saving; once more stops at once\n"
+        os.write(2, line.encode())
 
 
 @contextlib.contextmanager

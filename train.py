@@ -272,8 +272,8 @@ while not stop.received:
         logger.log({'iter': iter_num - 1, 'loss': loss, 'lr': lr, 'grad_norm': norm, 'time': seconds,
                     'tokens_per_second': tokens_per_iter / seconds, 'mfu': mfu})
     if bad_steps == most_bad_steps:
-        print0(f"stopped: {bad_steps} updates in a row had a loss or gradient that is not finite, none was applied. Try a lower "
-               "--learning_rate, --adam_eps=1e-5 or --dtype=float32 from an earlier checkpoint, or look at the data")
+        print0(f"stopped: {bad_steps} updates had a loss or gradient that was not finite, none was applied; try "
+               "a lower --learning_rate, --adam_eps=1e-5 or --dtype=float32, or look at the data")
         break
 
 # ---- end

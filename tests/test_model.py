@@ -164,7 +164,9 @@ def test_each_of_the_four_dropouts_works_alone(place):
     if place == 'attention':
         block.attn.dropout = 0.5
     else:
-        {'embedding': model.transformer.drop, 'projection': block.attn.resid_dropout, 'mlp': block.mlp.dropout}[place].p = 0.5
+        modules = {'embedding': model.transformer.drop, 'projection': block.attn.resid_dropout,
+                   'mlp': block.mlp.dropout}
+        modules[place].p = 0.5
     assert not torch.equal(model(x, x)[0], model(x, x)[0])
 
 

@@ -60,7 +60,8 @@ def test_a_long_prompt_is_cropped_with_a_note(trained, script, capsys):
 @pytest.mark.parametrize('options, words', [
     (['--start=aZ42'], "not in the vocabulary: '2' '4' 'Z'; it has '\\nabcdefgh'"),
     (['--start=FILE:none.txt'], 'none.txt'),
-    (['--start=FILE:binary'], "can't decode byte 0xff"), (['--temperature=-1'], '--temperature=-1.0'), (['--top_k=-3'], '--top_k=-3'),
+    (['--start=FILE:binary'], "can't decode byte 0xff"),
+    (['--temperature=-1'], '--temperature=-1.0'), (['--top_k=-3'], '--top_k=-3'),
     (['--num_samples=0'], '--num_samples=0'), (['--max_new_tokens=0'], '--max_new_tokens=0'),
     (['--ckpt=old'], '--ckpt=old'),
     (['--out_dir=gone'], "no checkpoint in 'gone'; --out_dir=out has one"), (['--init_from=gpt9'], '--init_from=gpt9'),
