@@ -143,11 +143,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """ take over the moments; the settings (rates, decay, fused) stay those of this run, not the checkpoint's """
     settings = [{key: value for key, value in group.items() if key != 'params'} for group in optimizer.param_groups]
     try:
-        optimizer.load_state_dict(state)
+        # before loading, because fused decides on which device the step counts are kept
+        groups = [{**saved, **own} for saved, own in zip(state['param_groups'], settings, strict=True)]
+        optimizer.load_state_dict({**state, 'param_groups': groups})
     except (ValueError, KeyError) as error:
         fail(f"the checkpoint's optimizer state does not fit this model ({error}); it has weights only, or is damaged")
-    for group, values in zip(optimizer.param_groups, settings, strict=True):
-        group.update(values)
 
 
 def check_resume(checkpoint: dict, config: dict, data: dict) -> None:

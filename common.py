@@ -170,7 +170,8 @@ class StopSignals:
             signal.signal(each, signal.SIG_DFL)
         # not print: the signal may have come in the middle of one
         line = f"{signal.Signals(number).name}: finishing this step, then saving; once more stops at once\n"
-        os.write(2, line.encode())
+        with contextlib.suppress(OSError):
+            os.write(2, line.encode())
 
 
 @contextlib.contextmanager

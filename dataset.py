@@ -229,6 +229,7 @@ def write_dataset(folder: str, tokenizer: CharTokenizer | BPETokenizer, splits: 
         itos = dict(enumerate(tokenizer.chars))
         contents['meta.pkl'] = pickle.dumps({'vocab_size': tokenizer.vocab_size, 'itos': itos, 'stoi': tokenizer.ids})
     contents.update({f'{split}.bin': ids for split, ids in arrays.items()})
+    os.makedirs(folder, exist_ok=True)
     for name, content in contents.items():
         with atomic_write(os.path.join(folder, name)) as file:
             file.write(content)
