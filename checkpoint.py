@@ -1,63 +1,80 @@
 """ Checkpoints: written whole or not at all, verified before they are believed, plain types and tensors only.
 
-out_dir/ckpt.pt is the latest state, out_dir/ckpt_best.pt the weights with the lowest validation loss. The keys are
-nanoGPT's (model, optimizer, model_args, iter_num, best_val_loss, config) and some more beside them.
+out_dir/ckpt.pt is the latest state, ckpt_prev.pt the one before, ckpt_best.pt the weights with the lowest validation
+loss. The keys are nanoGPT's (model, optimizer, model_args, iter_num, best_val_loss, config) and some more beside them.
 """
-import dataclasses
+import contextlib
+import math
 import os
 import pickle
 import platform
+import shlex
 import shutil
+import subprocess
+import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from common import atomic_write, fail, first_line, print0
+from common import atomic_write, fail, first_line, gather, is_rank_0, print0
 from model import GPT, GPTConfig
 
-LATEST, BEST = 'ckpt.pt', 'ckpt_best.pt'
-NANOGPT_ARGS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
+LATEST, PREVIOUS, BEST = 'ckpt.pt', 'ckpt_prev.pt', 'ckpt_best.pt'
 
 
 # ---- saving
 
-def model_args(config: GPTConfig) -> dict:
-    """ the fields that rebuild the model; those that nanoGPT does not know only where they are not at their default """
-    defaults = GPTConfig()
-    return {key: value for key, value in dataclasses.asdict(config).items()
-            if key in NANOGPT_ARGS or value != getattr(defaults, key)}
+def provenance(config: dict, meta: dict) -> dict:
+    """ what a run's numbers come from: configuration, command line, versions, git commit ('' outside git), data """
+    commit, here = '', os.path.dirname(os.path.abspath(__file__))
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        git = ['git', '-C', here, 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*']
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
+    versions = {'python': platform.python_version(), 'torch': str(torch.__version__), 'numpy': np.__version__}
+    return {'config': config, 'command': shlex.join(sys.argv), 'versions': versions, 'commit': commit,
+            'tokenizer': meta['tokenizer'], 'tokens': meta['tokens'], 'sha256': meta['sha256']}
 
 
-def versions() -> dict:
-    """ what the numbers in a checkpoint were made with """
-    return {'python': platform.python_version(), 'torch': str(torch.__version__), 'numpy': np.__version__}
+def _map(function: Callable, state):
+    """ nested dicts, lists and tuples with function applied to every tensor """
+    if isinstance(state, dict):
+        return {key: _map(function, value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(_map(function, value) for value in state)
+    return function(state) if isinstance(state, Tensor) else state
 
 
-def _tensors(state) -> Iterator[Tensor]:
-    """ every tensor in nested dicts, lists and tuples """
-    if isinstance(state, Tensor):
-        yield state
-    elif isinstance(state, dict | list | tuple):
-        for value in state.values() if isinstance(state, dict) else state:
-            yield from _tensors(value)
+def _check_room(path: str, size: int) -> None:
+    """ OSError unless size bytes fit beside path; an older checkpoint of the same folder gives way first """
+    folder = os.path.dirname(os.path.abspath(path))
+    for name in (f'{path}.tmp', os.path.join(folder, PREVIOUS)):   # a killed process leaves the first
+        if shutil.disk_usage(folder).free < size:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(name)
+    if (free := shutil.disk_usage(folder).free) < size:
+        raise OSError(f"{size / 1e6:,.0f} MB to write and {free / 1e6:,.0f} MB free")
 
 
-def save(path: str, state: dict) -> bool:
+def save(path: str, state: dict, previous: str = '') -> bool:
     """ write state to path; False, with one line that says why and path as it was, if that cannot be done
 
-    Refused are non-finite weights; expected are full disks. Training goes on after either.
+    What stood there before is kept under the name previous, if there is one. Refused are values that are not finite,
+    expected are full disks. Training goes on after either.
     """
+    tensors = {}
+    _map(lambda tensor: tensors.setdefault(tensor.data_ptr(), tensor), state)   # tied weights are stored once
     try:
-        if not all(torch.isfinite(tensor).all() for tensor in state['model'].values()):
-            raise OSError("a weight is not finite")
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise OSError("a weight or optimizer moment is not finite")
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        size = sum({t.data_ptr(): t.nbytes for t in _tensors(state)}.values())   # tied weights are stored once
-        if (free := shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free) < size:
-            raise OSError(f"{size / 1e6:,.0f} MB to write and {free / 1e6:,.0f} MB free")
-        with atomic_write(path) as file:
+        _check_room(path, sum(tensor.nbytes for tensor in tensors.values()))
+        with atomic_write(path, previous) as file:
             torch.save(state, file)
     except (OSError, RuntimeError) as error:   # torch reports a failed write as either
         print0(f"warning: {path} was not saved ({first_line(error)}); what stood there before still does")
@@ -65,9 +82,66 @@ def save(path: str, state: dict) -> bool:
     return True
 
 
+def _to_host(tensor: Tensor, buffer: Tensor | None) -> Tensor:
+    """ the values of tensor in host memory, in buffer if there is one; only rank 0 needs them """
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    if not is_rank_0():
+        return tensor
+    if buffer is None:
+        buffer = torch.empty_like(whole, device='cpu', pin_memory=whole.is_cuda)
+    return buffer.copy_(whole, non_blocking=True)
+
+
+class Saver:
+    """ copies a run's state to host memory and writes it in the background: training waits for the copy only
+
+    The memory of the copies is kept, because touching fresh memory takes longer than copying.
+    """
+
+    def __init__(self, out_dir: str, iter_num: int = -1, best_val_loss: float = math.inf):
+        self.out_dir = out_dir
+        self.iter_num, self.best_val_loss = iter_num, best_val_loss   # of the files; known on rank 0, after wait()
+        self._pool, self._writing, self._buffers = ThreadPoolExecutor(1), None, {}
+
+    def wait(self) -> None:
+        """ until the latest save is on the disk or has failed; an exception that it did not expect is raised here """
+        if self._writing:
+            self._writing.result()
+            self._writing = None
+
+    def save(self, state: dict, best_val_loss: float | None = None) -> None:
+        """ write state to ckpt.pt and, where it is the best so far, its weights to ckpt_best.pt before
+
+        All processes must call it, because sharded tensors are gathered from them; rank 0 writes.
+        """
+        self.wait()
+        copies = {}
+
+        def copy(tensor):
+            key = id(tensor), tensor.shape, tensor.dtype   # tied weights are one tensor
+            if key not in copies:
+                copies[key] = _to_host(tensor, self._buffers.get(key))
+            return copies[key]
+        snapshot, self._buffers = _map(copy, state), copies
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()   # the copies were only started
+        if is_rank_0():
+            self._writing = self._pool.submit(self._write, snapshot, best_val_loss)
+
+    def _write(self, state: dict, best_val_loss: float | None) -> None:
+        latest, previous, best = (os.path.join(self.out_dir, name) for name in (LATEST, PREVIOUS, BEST))
+        if best_val_loss is not None:
+            weights = {key: value for key, value in state.items() if key not in ('optimizer', 'scaler')}
+            if save(best, {**weights, 'best_val_loss': best_val_loss}):
+                self.best_val_loss = best_val_loss
+        if save(latest, {**state, 'best_val_loss': self.best_val_loss}, previous):
+            self.iter_num = state['iter_num']
+
+
 def move_aside(out_dir: str) -> None:
     """ move an earlier run's files to out_dir/old-N, so that a new run overwrites nothing """
-    names = [name for name in (LATEST, BEST, 'log.jsonl') if os.path.exists(os.path.join(out_dir, name))]
+    names = [name for name in (LATEST, PREVIOUS, BEST, 'log.jsonl', 'loss.png', 'tensorboard')
+             if os.path.exists(os.path.join(out_dir, name))]
     if not names:
         return
     number = next(n for n in range(1, 10**6) if not os.path.exists(os.path.join(out_dir, f'old-{n}')))
@@ -81,10 +155,10 @@ def move_aside(out_dir: str) -> None:
 # ---- loading
 
 def find(out_dir: str, ckpt: str = 'last') -> str:
-    """ path of the 'last' or the 'best' checkpoint in out_dir, the last where there is no best; SystemExit if none """
+    """ path of the 'best' or the 'last' checkpoint in out_dir, the last where there is no best; SystemExit if none """
     if ckpt not in ('best', 'last'):
         fail(f"--ckpt={ckpt} is neither best nor last")
-    for name in (BEST, LATEST) if ckpt == 'best' else (LATEST,):
+    for name in (BEST, LATEST, PREVIOUS)[ckpt == 'last':]:
         if os.path.exists(path := os.path.join(out_dir, name)):
             return path
     others = sorted(name for name in os.listdir() if os.path.exists(os.path.join(name, LATEST)))
@@ -92,27 +166,59 @@ def find(out_dir: str, ckpt: str = 'last') -> str:
     fail(f"no checkpoint in '{out_dir}'; {advice}")
 
 
-def load(path: str) -> dict:
-    """ the checkpoint at path, on the CPU, its weights named as GPT's; SystemExit if it is damaged or not one
-
-    The file's CRCs are verified, and nothing in it is run.
-    """
+def _read(path: str) -> dict:
+    """ the checkpoint at path, its CRCs verified, nothing in it run; ValueError says what is wrong with it """
     try:
         with zipfile.ZipFile(path) as file:
-            if damaged := file.testzip():
-                fail(f"{path} is damaged at {damaged}; go back to another checkpoint")
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+            damaged = file.testzip()
+        checkpoint = {} if damaged else torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError:
-        fail(f"{path} holds more than tensors and plain values; loading it could run code, so it was not loaded")
-    except (OSError, zipfile.BadZipFile, EOFError, RuntimeError) as error:
-        fail(f"{path} is damaged or not a checkpoint ({first_line(error)})")
-    parts = [checkpoint.get(key) for key in ('model', 'model_args')] if isinstance(checkpoint, dict) else [None]
-    if not all(isinstance(part, dict) for part in parts):
-        fail(f"{path} is not a GPT checkpoint: it has no model and model_args")
+        raise ValueError(f"{path} holds more than tensors and plain values; loading it could run code") from None
+    except Exception as error:   # a flipped bit in the zip's own tables can surface as any exception
+        raise ValueError(f"{path} is damaged or not a checkpoint ({first_line(error)})") from None
+    if damaged:
+        raise ValueError(f"{path} is damaged at {damaged}")
+    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(k), dict) for k in ('model', 'model_args')):
+        raise ValueError(f"{path} is not a GPT checkpoint: it has no model and model_args")
     # torch.compile and DDP wrappers prefix the names, and before PyTorch 2.0 nanoGPT stored its causal masks too
     checkpoint['model'] = {name.removeprefix('module.').removeprefix('_orig_mod.'): tensor
                            for name, tensor in checkpoint['model'].items() if not name.endswith('.attn.bias')}
     return checkpoint
+
+
+def load(path: str) -> dict:
+    """ the checkpoint at path, on the CPU, its weights named as GPT's; SystemExit if it is damaged or not one """
+    try:
+        return _read(path)
+    except ValueError as error:
+        fail(f"{error}; it was not loaded, go back to another checkpoint")
+
+
+def starting_point(init_from: str, out_dir: str) -> dict:
+    """ what a run begins with: {} (scratch), the latest whole state (resume), that if any (auto), weights (ckpt:PATH)
+
+    A damaged file is skipped with one line, and SystemExit if there is nothing to resume from.
+    """
+    if init_from.startswith('ckpt:'):
+        path = init_from.removeprefix('ckpt:')
+        trained = load(find(path, 'best') if os.path.isdir(path) else path)
+        return {key: trained[key] for key in ('model', 'model_args', 'tokenizer') if key in trained}
+    state, paths = {}, [os.path.join(out_dir, name) for name in (LATEST, PREVIOUS)]
+    for path in filter(os.path.exists, paths if init_from in ('resume', 'auto') else ()):
+        try:
+            state = _read(path)
+        except ValueError as error:
+            print0(f"warning: {error}")
+            continue
+        if path == paths[1]:
+            print0(f"warning: going on from the checkpoint before, {path} at iteration {state.get('iter_num')}")
+        break
+    if init_from == 'resume' and not state:
+        fail(f"{find(out_dir)} is of no use; --init_from=auto would start over and keep it aside")
+    found = gather(state.get('iter_num', -1))[0]
+    if min(found) < max(found):
+        fail(f"the processes found checkpoints of iterations {found}; '{out_dir}' must be on a disk that they share")
+    return state
 
 
 def build_model(checkpoint: dict, **changes) -> GPT:
@@ -128,35 +234,47 @@ def build_model(checkpoint: dict, **changes) -> GPT:
     return model
 
 
-def crop(checkpoint: dict, block_size: int) -> None:
-    """ shorten the position table of a loaded checkpoint, and its optimizer moments with it """
-    checkpoint['model_args']['block_size'] = block_size
-    name = 'transformer.wpe.weight'
-    checkpoint['model'][name] = checkpoint['model'][name][:block_size].clone()
-    moments = checkpoint.get('optimizer', {}).get('state', {}).get(1, {})   # wpe is the second tensor, after wte
-    for key in ('exp_avg', 'exp_avg_sq'):
-        if key in moments:
-            moments[key] = moments[key][:block_size].clone()
+def _fit(moment: Tensor, parameter: Tensor) -> Tensor:
+    """ a moment as its parameter is now: cut to a shortened position table, and sharded among the processes """
+    if not moment.dim():
+        return moment   # the number of steps
+    moment = moment[:len(parameter)]
+    if moment.shape != parameter.shape:
+        raise ValueError(f"a moment has shape {tuple(moment.shape)}, its parameter {tuple(parameter.shape)}")
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(moment.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return moment
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """ take over the moments; the settings (rates, decay, fused) stay those of this run, not the checkpoint's """
-    settings = [{key: value for key, value in group.items() if key != 'params'} for group in optimizer.param_groups]
     try:
         # before loading, because fused decides on which device the step counts are kept
-        groups = [{**saved, **own} for saved, own in zip(state['param_groups'], settings, strict=True)]
-        optimizer.load_state_dict({**state, 'param_groups': groups})
+        groups = [{**saved, **own, 'params': saved['params']}
+                  for saved, own in zip(state['param_groups'], optimizer.param_groups, strict=True)]
+        numbers = [i for group in groups for i in group['params']]
+        parameters = [p for group in optimizer.param_groups for p in group['params']]
+        moments = {i: _map(partial(_fit, parameter=p), state['state'][i])
+                   for i, p in zip(numbers, parameters, strict=True) if i in state['state']}
+        optimizer.load_state_dict({'state': moments, 'param_groups': groups})
     except (ValueError, KeyError) as error:
-        fail(f"the checkpoint's optimizer state does not fit this model ({error}); it has weights only, or is damaged")
+        fail(f"the checkpoint's optimizer state does not fit this model ({error}); "
+             "--init_from=ckpt:PATH takes its weights alone")
 
 
-def check_resume(checkpoint: dict, config: dict, data: dict) -> None:
-    """ print what this run sets differently; SystemExit if data, {'tokenizer': ..., 'sha256': ...}, is other data """
-    before = checkpoint.get('config', {})
-    for key in sorted(before.keys() & config.keys() - {'init_from', 'out_dir', 'eval_only'}):
-        if before[key] != config[key]:
-            print0(f"resume: {key} was {before[key]!r}, is {config[key]!r}")
+def check_start(checkpoint: dict, config: dict, data: dict) -> None:
+    """ print what this run sets differently from the checkpoint, and SystemExit if its data does not fit
+
+    data: tokenizer, tokens and sha256 of this run's; a checkpoint without its own is not held to them.
+    """
+    was = {**checkpoint.get('config', {}), **checkpoint['model_args']}
+    for key in sorted(was.keys() & config.keys() - {'init_from', 'out_dir', 'eval_only'}):
+        now, old = config[key], was[key]
+        if now == old or key == 'vocab_size' and not now:
+            continue
+        fixed = key in checkpoint['model_args'] and key != 'dropout' and not (key == 'block_size' and now < old)
+        print0(f"checkpoint: {key} " + (f"stays {old!r}, not {now!r}" if fixed else f"was {old!r}, is {now!r}"))
     for key, now in data.items():
-        if (was := checkpoint.get(key)) and now and was != now:
-            fail(f"--init_from=resume goes on with the same data, but its {key} was {was} and is {now}; "
-                 "for other data start with another --out_dir")
+        if (old := checkpoint.get(key)) and now and now != old:
+            fail(f"the checkpoint's {key} was {old}, this dataset's is {now}; a model keeps its tokenizer, a resumed run "
+                 "its data too (--init_from=ckpt:PATH starts anew on other data)")

@@ -1,31 +1,32 @@
-""" Run-time set-up that scripts share: device, dtype, autocast, random state, signals, atomic files, peak FLOPS. """
+""" Run-time set-up that scripts share: device, dtype, autocast, processes, atomic files, peak FLOPS. """
 import contextlib
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import IO
 
 import torch
+import torch.distributed as dist
 
-# dense tensor-core peak in TFLOP/s, NVIDIA's data sheets without the factor of two for sparsity. The first entry found
-# as whole words in the device's name counts, so the variants of a family stand before the family.
-PEAK_BF16 = {
-    'GB200': 2500, 'B200': 2250, 'H200 NVL': 835, 'H200': 989, 'H100 NVL': 835, 'H100 PCIe': 756, 'H100': 989,
-    'A100': 312, 'L40S': 362, 'L4': 121, 'A10': 125, 'RTX 4090': 165.2, 'RTX 3090': 71,
-}
+# dense tensor-core peak in TFLOP/s, from NVIDIA's data sheets; the first entry that a device's name has as whole words
+PEAK_BF16 = {'GB200': 2500, 'B200': 2250, 'H200 NVL': 835, 'H200': 989, 'H100 NVL': 835, 'H100 PCIe': 756, 'H100': 989,
+             'A100': 312, 'L40S': 362, 'L4': 121, 'A10': 125, 'RTX 4090': 165.2, 'RTX 3090': 71}
 PEAK_FP16 = {**PEAK_BF16, 'V100S': 130, 'V100-PCIE': 112, 'V100': 125, 'T4': 65}   # the last four have no bfloat16
 NOT_THE_WHOLE_CARD = r'\b(MIG|Laptop|Max-Q|Ti|D)\b'   # same family name, another peak
-
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 
 # ---- output
 
+def is_rank_0() -> bool:
+    """ whether this is the process, of those that torchrun started, that prints and writes """
+    return os.environ.get('RANK', '0') == '0'
+
+
 def print0(*values) -> None:
     """ print on rank 0 only, without waiting for the buffer to fill; a reader that has gone does not end the run """
-    if os.environ.get('RANK', '0') == '0':
+    if is_rank_0():
         try:
             print(*values, flush=True)
         except OSError:   # a closed pipe or terminal
@@ -33,16 +34,15 @@ def print0(*values) -> None:
 
 
 def fail(message: str) -> None:
-    """ end the script on a user's mistake: one line on stderr, exit code 1 """
+    """ end the script on a user's mistake: one line on stderr, once per machine, and exit code 1 """
     sys.stdout.flush()
-    raise SystemExit(f"error: {message}")
+    raise SystemExit(f"error: {message}" if os.environ.get('LOCAL_RANK', '0') == '0' else 1)
 
 
 def require(config: dict, least: int, *keys: str) -> None:
     """ SystemExit if one of these settings is smaller than it may be """
-    for key in keys:
-        if config[key] < least:
-            fail(f"--{key}={config[key]} must be at least {least}")
+    for key in (key for key in keys if config[key] < least):
+        fail(f"--{key}={config[key]} must be at least {least}")
 
 
 def first_line(error: Exception) -> str:
@@ -69,11 +69,18 @@ def duration(seconds: float) -> str:
 # ---- device and numbers
 
 def resolve_device(device: str) -> str:
-    """ 'auto' is cuda, then mps, then cpu; any other name is returned as it is, or SystemExit if it does not work """
+    """ 'auto' is cuda, then mps, then cpu; 'cuda' is a GPU for each process; SystemExit if the device does not work """
     if device == 'auto':
-        return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    if device == 'cuda' and here > 1:
+        if here > torch.cuda.device_count():
+            fail(f"{here} processes on a machine with {torch.cuda.device_count()} GPUs; start one for each GPU")
+        device = f'cuda:{os.environ["LOCAL_RANK"]}'
     try:
         torch.zeros(1, device=device)
+        if device.startswith('cuda:'):
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:   # an AssertionError where torch was built without CUDA
         fail(f"--device={device} cannot be used here ({first_line(error)}); try --device=auto")
     return device
@@ -103,10 +110,8 @@ def autocast(device_type: str, dtype: torch.dtype) -> contextlib.AbstractContext
 
 def synchronize(device: str) -> None:
     """ wait for the device, so that a clock read next measures work that is done """
-    if device.startswith('cuda'):
-        torch.cuda.synchronize(device)
-    elif device == 'mps':
-        torch.mps.synchronize()
+    if device != 'cpu':
+        torch.accelerator.synchronize()
 
 
 def device_name(device: str) -> str:
@@ -117,79 +122,79 @@ def device_name(device: str) -> str:
 def peak_flops(name: str, dtype: torch.dtype) -> float | None:
     """ dense peak in FLOP/s of the named device for products in dtype; None where it is not known for sure """
     table = {torch.bfloat16: PEAK_BF16, torch.float16: PEAK_FP16}.get(dtype, {})
-    if re.search(NOT_THE_WHOLE_CARD, name):
-        return None
+    table = {} if re.search(NOT_THE_WHOLE_CARD, name) else table
     return next((peak * 1e12 for family, peak in table.items() if re.search(rf'\b{family}\b', name)), None)
 
 
-def rng_state(device: str) -> dict:
-    """ the generators that dropout draws from, as plain tensors """
-    state = {'cpu': torch.get_rng_state()}
+def peak_memory(device: str) -> int | None:
+    """ most bytes in use so far, on the GPU or else by this process; None where the system does not tell """
     if device.startswith('cuda'):
-        state['cuda'] = torch.cuda.get_rng_state(device)
-    return state
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(ImportError):   # Windows has none
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
-def set_rng_state(state: dict, device: str) -> None:
-    """ continue with the random numbers after rng_state(); a device that has no saved state keeps its own """
-    torch.set_rng_state(state['cpu'])
-    if device.startswith('cuda') and 'cuda' in state:
-        torch.cuda.set_rng_state(state['cuda'], device)
-
-
-def try_compile(model: torch.nn.Module, run: Callable, device: str, **options) -> torch.nn.Module:
+def try_compile(model: torch.nn.Module, run: Callable, **options) -> torch.nn.Module:
     """ torch.compile(model), proven by run(compiled), or the model itself and one warning line where that fails """
-    state, compiled = rng_state(device), torch.compile(model, **options)
+    compiled = torch.compile(model, **options)
     try:
         run(compiled)   # compilation happens at the first call
         return compiled
     except Exception as error:   # no C++ compiler, no Triton, an unsupported platform, ...
         print0(f"warning: torch.compile does not work here ({first_line(error)}), running eager")
         return model
-    finally:
-        set_rng_state(state, device)
 
 
-# ---- faults
+# ---- processes
 
-class StopSignals:
-    """ SIGINT, SIGTERM and SIGHUP ask to stop: .received is the first one's number, a second one kills at once """
+def start_processes(device: str, backend: str) -> tuple[int, int]:
+    """ (rank, world_size), joined with what torchrun started; GPU tensors travel by backend, the CPU's by gloo """
+    world_size = int(os.environ.get('WORLD_SIZE', 1))
+    if world_size == 1:
+        return 0, 1
+    if device == 'mps':
+        fail("several processes need GPUs with CUDA or --device=cpu, mps is for one process")
+    store, rank, _ = next(dist.rendezvous('env://'))
+    if os.environ.get('GROUP_WORLD_SIZE') == '1':   # torchrun's store keeps a crashed attempt's addresses: pytorch 135712
+        store = dist.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], store)
+    backend = f'cpu:gloo,cuda:{backend}' if device.startswith('cuda') else 'gloo'
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    return rank, world_size
 
-    def __init__(self) -> None:
-        self.received = 0
-        self._numbers = [signal.SIGINT, signal.SIGTERM]
-        hang_up = getattr(signal, 'SIGHUP', None)   # Windows has none, and nohup wants it ignored
-        if hang_up and signal.getsignal(hang_up) != signal.SIG_IGN:
-            self._numbers.append(hang_up)
-        for number in self._numbers:
-            signal.signal(number, self._receive)
 
-    def _receive(self, number, frame) -> None:
-        self.received = number
-        for each in self._numbers:
-            signal.signal(each, signal.SIG_DFL)
-        # not print: the signal may have come in the middle of one
-        line = f"{signal.Signals(number).name}: finishing this step, then saving; once more stops at once\n"
-        with contextlib.suppress(OSError):
-            os.write(2, line.encode())
+def gather(*numbers: float) -> list[list[float]]:
+    """ for each argument the list of what every process passed, by rank; all must call it and all get the same """
+    if not dist.is_initialized():
+        return [[number] for number in numbers]
+    rows = torch.zeros(dist.get_world_size(), len(numbers), dtype=torch.float64)
+    rows[dist.get_rank()] = torch.tensor(numbers, dtype=torch.float64)
+    try:
+        dist.all_reduce(rows)
+    except RuntimeError as error:   # the other one has said why, if it could
+        raise SystemExit(f"process {dist.get_rank()} ends, it lost another one ({first_line(error)})") from None
+    return rows.T.tolist()
 
+
+# ---- files
 
 @contextlib.contextmanager
-def atomic_write(path: str) -> Iterator[IO[bytes]]:
-    """ a binary file to write; its content stands under path, whole, when the block ends, or path stays as it was """
+def atomic_write(path: str, previous: str = '') -> Iterator[IO[bytes]]:
+    """ a binary file that stands under path, whole, when the block ends, else path stays; previous keeps the old one """
     path = os.path.realpath(path)   # through a link, not over it
-    temporary = f'{path}.tmp'
     try:
-        with open(temporary, 'wb') as file:
+        with open(temporary := f'{path}.tmp', 'wb') as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if previous:
+            with contextlib.suppress(OSError):   # nothing was there, or path is a link to another disk
+                os.replace(path, previous)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
         raise
     if os.name == 'posix':   # the new name itself must reach the disk too
-        folder = os.open(os.path.dirname(path), os.O_RDONLY)
-        os.fsync(folder)
+        os.fsync(folder := os.open(os.path.dirname(path), os.O_RDONLY))
         os.close(folder)

@@ -7,6 +7,7 @@ import glob
 import hashlib
 import http.client
 import json
+import math
 import mmap
 import os
 import pickle
@@ -16,10 +17,11 @@ import tempfile
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -100,6 +102,11 @@ def download(url: str, path: str, sha256: str, package: tuple[str, str] | None =
 
 # ---- tokenizers: name, vocab_size, eot (id that ends a document, or None), start (id before an empty prompt), spec
 
+def _as_text(chars: list[str]) -> str | list[str]:
+    """ a vocabulary in one spelling: a string, or a list where an entry is no single character """
+    return ''.join(chars) if all(len(char) == 1 for char in chars) else list(chars)
+
+
 class CharTokenizer:
     """ one id per character: CharTokenizer('abc').encode('cab') -> [2, 0, 1] """
     name, eot = 'char', None
@@ -116,7 +123,7 @@ class CharTokenizer:
     @property
     def spec(self) -> dict:
         """ what make_tokenizer needs to build it again, plain types only """
-        return {'name': self.name, 'chars': ''.join(self.chars) if all(len(c) == 1 for c in self.chars) else self.chars}
+        return {'name': self.name, 'chars': _as_text(self.chars)}
 
     def encode(self, text: str, special: bool = False) -> np.ndarray:
         """ ids of the characters, 1-D uint32; ValueError names those that are not in the vocabulary """
@@ -183,7 +190,7 @@ def _meta_from_pickle(path: str) -> dict:
         chars = None if itos is None else [str(itos[i]) for i in range(size)]
     except Exception as error:   # pickle promises no particular exception for a bad file
         fail(f"{path} is not a nanoGPT vocabulary: {error}")
-    tokenizer = {'name': 'unknown'} if chars is None else {'name': 'char', 'chars': chars}
+    tokenizer = {'name': 'unknown'} if chars is None else {'name': 'char', 'chars': _as_text(chars)}
     return {'tokenizer': tokenizer, 'vocab_size': size, 'dtype': 'uint16' if size <= 2**16 else 'uint32'}
 
 
@@ -295,17 +302,16 @@ class Split:
         starts = torch.randint(len(self) - block_size, (batch_size,), generator=self._generator)
         return self.rows(starts.numpy(), block_size)
 
-    def sweep(self, batch_size: int, block_size: int) -> Iterator[Tensor]:
-        """ (B, T+1) batches in which every token but the first is a target once; -1 fills up the last row """
-        starts = np.arange(0, len(self) - 1, block_size)
-        whole = starts[starts < len(self) - block_size]
-        for i in range(0, len(whole), batch_size):
-            yield self.rows(whole[i:i + batch_size], block_size)
-        if len(whole) < len(starts):
-            rest = torch.full((1, block_size + 1), -1)
-            tail = self.array()[starts[-1]:].astype(np.int64)
-            rest[0, :len(tail)] = torch.from_numpy(tail)
-            yield rest
+    def sweep_length(self, batch_size: int, block_size: int) -> int:
+        """ the number of batches in which every token but the first is a target once """
+        return math.ceil((len(self) - 1) / (batch_size * block_size))
+
+    def sweep_batch(self, batch_size: int, block_size: int, step: int) -> Tensor:
+        """ (B, T+1) int64, the step-th of them; -1 fills up the last row of the last one, which may have fewer rows """
+        start = step * batch_size * block_size
+        tokens = torch.from_numpy(self.array()[start:start + batch_size * block_size + 1].astype(np.int64))
+        missing = (1 - len(tokens)) % block_size
+        return F.pad(tokens, (0, missing), value=-1).unfold(0, block_size + 1, block_size)   # rows share a border
 
 
 def _check_ids(split: Split, vocab_size: int) -> None:
@@ -347,6 +353,7 @@ def _missing(name: str, folder: str | None) -> None:
 def open_dataset(name: str) -> tuple[dict, dict[str, Split]]:
     """ (meta, {'train': Split, 'val': Split}) of data/<name>, checked against its meta; SystemExit if it is not usable
 
+    meta is read_meta's, always with tokens, and with sha256 of every file that is small enough to be read at once.
     The folder is looked for below the working directory, then beside this file.
     """
     folder = find_beside(os.path.join('data', name), __file__)
@@ -357,6 +364,9 @@ def open_dataset(name: str) -> tuple[dict, dict[str, Split]]:
     splits = {split: Split(path, meta['dtype']) for split, path in paths.items()}
     for split in splits:
         _check_split(splits[split], split, meta)
+    meta.setdefault('tokens', {name: len(split) for name, split in splits.items()})
+    meta.setdefault('sha256', {name: _sha256(split.path) for name, split in splits.items()
+                               if os.path.getsize(split.path) <= CHECK_WHOLE})
     return meta, splits
 
 

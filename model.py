@@ -4,12 +4,13 @@ Sizes in the comments: B batch, T positions of the input, V vocabulary, C = n_em
 nh = n_head heads of hs = C / nh channels each.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -34,6 +35,12 @@ class GPTConfig:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
         if self.gelu not in ('none', 'tanh'):
             raise ValueError(f"gelu='{self.gelu}' must be 'none' (exact) or 'tanh'")
+
+    def model_args(self) -> dict:
+        """ the fields as checkpoints hold them: those that nanoGPT does not know only if not at their default """
+        known = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
+        return {field.name: value for field in fields(self)
+                if (value := getattr(self, field.name)) != field.default or field.name in known}
 
 
 class CausalSelfAttention(nn.Module):
@@ -90,6 +97,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        self.grad_checkpoint = False   # keep only each block's input for backward and compute the rest again
         # the order of creation is the order of the random numbers, so that a seed gives nanoGPT's weights
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
@@ -137,7 +145,10 @@ class GPT(nn.Module):
         x = self._embed(idx)                                   # (B, T, C)
         attn_mask, is_causal = self._visible()
         for block in self.transformer.h:
-            x = block(x, attn_mask, is_causal)
+            if self.grad_checkpoint and self.training:
+                x = checkpoint(block, x, attn_mask, is_causal, use_reentrant=False)   # https://arxiv.org/abs/1604.06174
+            else:
+                x = block(x, attn_mask, is_causal)
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.lm_head(x[:, -1:]), None               # (B, 1, V)

@@ -60,7 +60,7 @@ x = torch.tensor([ids], device=device).repeat(num_samples, 1)   # (num_samples, 
 # ---- samples
 with torch.no_grad(), context:
     if compile:
-        model = try_compile(model, lambda compiled: compiled(x[:, -model.config.block_size:]), device, dynamic=True)
+        model = try_compile(model, lambda compiled: compiled(x[:, -model.config.block_size:]), dynamic=True)
     samples = GPT.generate(model, x, max_new_tokens, temperature, top_k, num_ids=tokenizer.vocab_size)
 for sample in samples.tolist():
     print0(tokenizer.decode(sample))

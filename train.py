@@ -1,12 +1,15 @@
-""" Train a GPT, from scratch or from a checkpoint.
+""" Train a GPT, from scratch or from a checkpoint, in one process or in several.
 
 $ python train.py config/train_shakespeare_char.py
 $ python train.py config/train_shakespeare_char_cpu.py --batch_size=32 --learning_rate=5e-4
 $ python train.py config/train_shakespeare_char.py --init_from=resume
 $ python train.py config/train_shakespeare_char.py --init_from=resume --eval_only=True --eval_iters=0
+$ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py --init_from=auto
 """
+import itertools
 import math
 import os
+import signal
 import sys
 import time
 
@@ -18,13 +21,15 @@ eval_interval = 2000                  # iterations between evaluations
 log_interval = 1                      # iterations between log lines
 eval_iters = 200                      # batches per split and evaluation, 0: every token of the split once
 eval_only = False                     # evaluate once and stop, saving nothing
-always_save_checkpoint = True         # at every evaluation; False: at improvements, interruptions and the end
-init_from = 'scratch'                 # or 'resume'
+always_save_checkpoint = True         # at every evaluation; False: at those that improve
+save_interval = 900.0                 # seconds between checkpoints, whatever the evaluations say, 0: off
+init_from = 'scratch'                 # 'resume', 'auto' (resume if there is something), 'ckpt:PATH' (weights only)
 seed = 1337                           # of the weights, the batches and dropout
 # wandb
 wandb_log = False
 wandb_project = 'owt'
 wandb_run_name = 'gpt2'
+tensorboard_log = False
 # data
 dataset = 'openwebtext'               # folder below data/
 gradient_accumulation_steps = 5 * 8   # batches per iteration, over all processes
@@ -51,48 +56,69 @@ warmup_iters = 2000
 lr_decay_iters = 600000               # about max_iters (https://arxiv.org/abs/2203.15556)
 min_lr = 6e-5                         # about learning_rate / 10
 # machine
-backend = 'nccl'                      # of several processes
+backend = 'nccl'                      # of several processes on GPUs; on the CPU it is gloo
+parallel = 'ddp'                      # 'fsdp': weights, gradients and moments are split among the processes too
+grad_checkpoint = False               # compute activations twice instead of keeping them
 device = 'auto'                       # cuda, mps, cpu, cuda:1, ...
 dtype = 'auto'                        # bfloat16, float16, float32
 compile = True                        # torch.compile: minutes at the start, then faster iterations
 config = configure(globals())
 
 import torch
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import trange
 
 import checkpoint
 from common import (
-    StopSignals,
     autocast,
     device_name,
     duration,
     fail,
+    gather,
     one_line_errors,
     peak_flops,
+    peak_memory,
     print0,
     require,
     resolve_device,
     resolve_dtype,
-    rng_state,
-    set_rng_state,
+    start_processes,
     synchronize,
     try_compile,
 )
-from dataset import check_fits, open_dataset
-from logger import Logger
+from dataset import batch_seed, check_fits, open_dataset
+from logger import Logger, draw_runs
 from model import GPT, GPTConfig
 
 # ---- set-up
 require(config, 1, 'gradient_accumulation_steps', 'batch_size', 'block_size', 'eval_interval', 'log_interval')
 require(config, 0, 'max_iters', 'eval_iters', 'warmup_iters', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip',
-        'vocab_size')
-if init_from not in ('scratch', 'resume'):
-    fail(f"--init_from={init_from} is neither scratch nor resume")
-if int(os.environ.get('WORLD_SIZE', 1)) > 1:
-    fail("several processes are not supported yet, start one with python train.py")
+        'vocab_size', 'save_interval')
+if init_from not in ('scratch', 'resume', 'auto') and not init_from.startswith('ckpt:'):
+    fail(f"--init_from={init_from} is none of scratch, resume, auto, ckpt:PATH")
+if parallel not in ('ddp', 'fsdp'):
+    fail(f"--parallel={parallel} is neither ddp nor fsdp")
 if decay_lr and warmup_iters >= lr_decay_iters:
     print0(f"warning: warmup_iters={warmup_iters} is not below lr_decay_iters={lr_decay_iters}, "
            "so the learning rate falls to min_lr right after the warm-up")
 device = resolve_device(device)
+with one_line_errors():
+    rank, world_size = start_processes(device, backend)
+
+
+def can_share(steps):
+    """ whether the processes have equal work: a number of batches each, or an equal part of a batch """
+    return steps % world_size == 0 or world_size % steps == 0 and batch_size % (world_size // steps) == 0
+
+
+if not can_share(gradient_accumulation_steps):
+    nearest = [next(filter(can_share, steps), None) for steps in (
+        range(gradient_accumulation_steps, 0, -1), itertools.count(gradient_accumulation_steps))]
+    fail(f"--gradient_accumulation_steps={gradient_accumulation_steps} of batch_size={batch_size} cannot be shared "
+         f"equally by {world_size} processes, {' and '.join(str(steps) for steps in nearest if steps)} can")
+micro_steps = max(gradient_accumulation_steps // world_size, 1)   # of this process
+parts = max(world_size // gradient_accumulation_steps, 1)         # of a batch, each for another process
 device_type = torch.device(device).type
 dtype = resolve_dtype(dtype, device_type)
 context = autocast(device_type, dtype)
@@ -100,7 +126,23 @@ peak = peak_flops(device_name(device), dtype)   # FLOP/s or None
 if device_type == 'cuda':
     torch.set_float32_matmul_precision('high')  # TF32 for what is left in float32
 torch.manual_seed(seed % 2**63)                 # any int will do
-stop = StopSignals()
+signals = [signal.SIGINT, signal.SIGTERM]
+if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:   # nohup wants it ignored
+    signals.append(signal.SIGHUP)
+received = [0]                                  # the last is the signal that asks to stop
+
+
+def on_signal(number, frame):
+    """ the first one ends the run after this step, a second one ends it at once """
+    received.append(number)
+    for each in signals:
+        signal.signal(each, signal.SIG_DFL)
+    line = f"{signal.Signals(number).name}: finishing this step, then saving; once more stops at once\n"
+    os.write(2, line.encode() * (rank == 0))    # not print: the signal may have come in the middle of one
+
+
+for each in signals:
+    signal.signal(each, on_signal)
 
 # ---- data
 meta, splits = open_dataset(dataset)
@@ -114,19 +156,14 @@ def to_device(rows):
     return rows[:, :-1], rows[:, 1:]
 
 
-def train_batch(iter_num, micro_step):
-    """ a pure function of the seed and its place in the run, so that a resumed run goes on exactly """
-    step = iter_num * gradient_accumulation_steps + micro_step
-    return to_device(splits['train'].batch(batch_size, block_size, seed, 'train', step))
-
-
 # ---- model
-resumed = checkpoint.load(checkpoint.find(out_dir)) if init_from == 'resume' else {}
-if resumed:
-    checkpoint.check_resume(resumed, config, {'tokenizer': meta['tokenizer'], 'sha256': meta.get('sha256')})
-    if block_size < resumed['model_args']['block_size']:
-        checkpoint.crop(resumed, block_size)
-    model = checkpoint.build_model(resumed, dropout=dropout)
+start = checkpoint.starting_point(init_from, out_dir)   # {} for a new model
+resumed = 'iter_num' in start
+if start:
+    checkpoint.check_start(start, config, {key: meta[key] for key in ('tokenizer', 'tokens', 'sha256')})
+    model = checkpoint.build_model(start, dropout=dropout)
+    if block_size < model.config.block_size:
+        model.crop_block_size(block_size)
 else:
     if not vocab_size:
         vocab_size = 50304 if meta['vocab_size'] == 50257 else meta['vocab_size']   # a multiple of 64 is faster
@@ -134,20 +171,23 @@ else:
         model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias))
 block_size = model.config.block_size
 check_fits(splits, model.config.vocab_size, block_size)
+if parallel == 'fsdp' and world_size > 1:
+    for part in (*model.transformer.h, model):   # a block's weights are whole only while it computes
+        fully_shard(part, mesh=torch.distributed.init_device_mesh(device_type, (world_size,)))
 model.to(device)
-iter_num = resumed.get('iter_num', 0)           # updates done
-eval_iter = resumed.get('eval_iter', -1)        # iter_num of the latest evaluation
-saved_iter = iter_num if resumed else -1        # iter_num of ckpt.pt
-best_val_loss = float(resumed.get('best_val_loss', math.inf))
+model.grad_checkpoint = grad_checkpoint
+iter_num = start.get('iter_num', 0)             # updates done
+eval_iter = start.get('eval_iter', -1)          # iter_num of the latest evaluation
+skipped = start.get('skipped', 0)               # updates that were not applied
+elapsed = start.get('elapsed', 0.0)             # seconds of training
 
 # ---- optimizer
 with one_line_errors():
     optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, eps=adam_eps)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)   # small gradients would be 0 in float16
 if resumed:
-    checkpoint.load_optimizer(optimizer, resumed.get('optimizer', {}))
-    scaler.load_state_dict(resumed.get('scaler') or scaler.state_dict())
-    set_rng_state(resumed.get('rng') or rng_state(device), device)
+    checkpoint.load_optimizer(optimizer, start.get('optimizer', {}))
+    scaler.load_state_dict(start.get('scaler') or scaler.state_dict())
 
 
 def get_lr(it):
@@ -162,82 +202,120 @@ def get_lr(it):
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
 
 
+def stop_signal():
+    """ the signal that any process received, the same answer on all of them; 0 if none """
+    return int(max(gather(received[-1])[0]))
+
+
 @torch.no_grad()
 def evaluate(split):
-    """ mean loss in nats per token and its standard error, over the same batches at every call """
-    batches = (splits[split].batch(batch_size, block_size, seed, f'eval {split}', k) for k in range(eval_iters))
-    losses, counts = [], []
-    model.eval()
-    for rows in batches if eval_iters else splits[split].sweep(batch_size, block_size):
+    """ mean loss in nats per token and its standard error, over the same batches at every call; None when stopped
+
+    Every process takes every world_size-th batch. All make the same number of steps, as FSDP needs.
+    """
+    data, losses, counts = splits[split], [], []
+    length = eval_iters or data.sweep_length(batch_size, block_size)
+    for k in trange(rank, rank + length, world_size, desc=split, leave=False, delay=2, disable=rank > 0 or None):
+        if stop_signal():
+            return None
+        rows = (data.batch(batch_size, block_size, seed, f'eval {split}', k) if eval_iters else
+                data.sweep_batch(batch_size, block_size, k % length))
         x, y = to_device(rows)
         with context:
-            losses.append(model(x.clamp(min=0), y)[1])   # -1 fills up rows, no later input is seen by a real target
+            losses.append(eval_model(x.clamp(min=0), y)[1])   # -1 fills up rows, no real target sees those inputs
         counts.append((y != -1).sum())
-    model.train()
-    losses, counts = torch.stack(losses).cpu().double(), torch.stack(counts).cpu().double()
-    return ((losses * counts).sum() / counts.sum()).item(), (losses.std(correction=0) / len(losses) ** 0.5).item()
+    losses, counts = torch.stack(losses).tolist(), torch.stack(counts).tolist()
+    losses, counts = (torch.tensor(gather(*each)).double().flatten()[:length] for each in (losses, counts))
+    return ((losses * counts).sum() / counts.sum()).item(), (losses.std(correction=0) / length ** 0.5).item()
 
 
-def save(name, **more):
-    """ write the weights and what explains them, and more, to out_dir/name; False if that was not possible """
-    return checkpoint.save(os.path.join(out_dir, name), {
-        'model': raw_model.state_dict(), 'model_args': checkpoint.model_args(raw_model.config), 'iter_num': iter_num,
-        'best_val_loss': best_val_loss, 'config': config, 'eval_iter': eval_iter, 'tokenizer': meta['tokenizer'],
-        'sha256': meta.get('sha256', {}), 'versions': checkpoint.versions(), **more})
+def save(improved_to=None):
+    """ the state of the run into out_dir, in the background, as the best too where val loss improved to that """
+    saver.save({
+        'model': raw_model.state_dict(keep_vars=True), 'model_args': raw_model.config.model_args(),
+        'iter_num': iter_num, 'eval_iter': eval_iter, 'skipped': skipped, 'elapsed': elapsed,
+        'wandb_id': logger.wandb_id, **source, 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
+    }, improved_to)
 
 
-def save_latest():
-    return save(checkpoint.LATEST, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=rng_state(device),
-                wandb_id=logger.wandb_id)
+def forward_backward(model, iter_num, micro_step):
+    """ add the gradient of one batch's share; returns that share of the loss, on the device
 
-
-def forward_backward(model, x, y):
-    """ add the gradient of one batch's share; returns that share of the loss, on the device """
+    Batch and dropout are a pure function of the seed and the place in the run: a resumed run goes on exactly, and
+    processes and accumulation steps can be traded for each other.
+    """
+    step = iter_num * gradient_accumulation_steps + (micro_step * world_size + rank) // parts
+    x, y = to_device(splits['train'].batch(batch_size, block_size, seed, 'train', step)[rank % parts::parts])
+    torch.manual_seed(batch_seed(seed, f'dropout {rank % parts}', step))
     with context:
-        loss = model(x, y)[1] / gradient_accumulation_steps
+        loss = model(x, y)[1] / micro_steps
     scaler.scale(loss).backward()
     return loss.detach()
 
 
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
-print0(f"model: {model.get_num_params():,} parameters without positions, on {device_name(device)} in {dtype}")
+print0(f"model: {model.get_num_params():,} parameters without positions, on {device_name(device)} in {dtype}"
+       + f", {world_size} processes" * (world_size > 1))
 print0(f"data: {dataset}, {len(splits['train']):,} tokens to train on, {len(splits['val']):,} to validate, "
        f"{tokens_per_iter:,} an iteration")
-raw_model = model   # without the wrapper of torch.compile
+raw_model = model   # without the wrappers that follow
 if compile:
     print0("compiling the model (a minute or more, once) ...")
-    model = try_compile(model, lambda compiled: forward_backward(compiled, *train_batch(0, 0)), device)
+    model = try_compile(model, lambda compiled: forward_backward(compiled, 0, 0))
     optimizer.zero_grad(set_to_none=True)
+eval_model = model   # without DDP's, which evaluation does not need
+if parallel == 'ddp' and world_size > 1:
+    model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def synchronize_gradients(on):
+    """ whether the next backward averages the gradients over the processes; only an iteration's last one has to """
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = on
+    elif world_size > 1:
+        raw_model.set_requires_gradient_sync(on)
+
 
 # ---- loop
+source = checkpoint.provenance(config, meta)
 with one_line_errors():
-    if not eval_only and not resumed:
+    if not eval_only and not resumed and rank == 0:
         checkpoint.move_aside(out_dir)
-    logger = None if eval_only else Logger(out_dir, iter_num, config, resumed.get('wandb_id', ''))
-del resumed                                     # its tensors are in use or not needed
+    logger = None if eval_only else Logger(out_dir, iter_num, config, start.get('wandb_id', ''), {
+        **source, 'device': device_name(device), 'dtype': str(dtype), 'processes': world_size})
+saver = checkpoint.Saver(out_dir, iter_num if resumed else -1, float(start.get('best_val_loss', math.inf)))
+del start                                       # its tensors are in use or not needed
 bad_steps, most_bad_steps = 0, 10               # updates skipped in a row, and how many end the run
 eval_time = 0.0                                 # of the latest evaluation
+save_due, saved_at = False, time.monotonic()
+stopped = 0                                     # the signal that ended the run
 logged_iter, logged_at = iter_num, time.perf_counter()   # the log line's time is measured from here
 
-while not stop.received:
+while True:
     # evaluate, and keep what is worth keeping
-    if eval_only or iter_num != eval_iter and (iter_num % eval_interval == 0 or iter_num >= max_iters):
+    evaluating = eval_only or iter_num != eval_iter and (iter_num % eval_interval == 0 or iter_num >= max_iters)
+    if evaluating or save_due:
         synchronize(device)
-        paused_at = time.perf_counter()
-        (train_loss, _), (val_loss, val_stderr) = evaluate('train'), evaluate('val')
-        print0(f"step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f} +- {val_stderr:.4f}")
-        if eval_only:
-            break
-        improved, eval_iter = val_loss < best_val_loss, iter_num
-        logger.log({'iter': iter_num, 'train_loss': train_loss, 'val_loss': val_loss, 'val_stderr': val_stderr})
-        if improved:
-            before, best_val_loss = best_val_loss, val_loss
-            if not save(checkpoint.BEST):
-                best_val_loss = before          # of the file that is there
-        if (improved or always_save_checkpoint) and save_latest():
-            saved_iter = iter_num
-        eval_time = time.perf_counter() - paused_at
-        logged_at += eval_time                  # neither evaluating nor saving is training time
+        paused_at, improved = time.perf_counter(), False
+        if evaluating:
+            raw_model.eval()
+            results = [evaluate('train'), evaluate('val')]
+            raw_model.train()
+            if None in results:
+                stopped = stop_signal()
+                break
+            (train_loss, _), (val_loss, val_stderr) = results
+            print0(f"step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f} +- {val_stderr:.4f}")
+            if eval_only:
+                break
+            logger.log({'iter': iter_num, 'train_loss': train_loss, 'val_loss': val_loss, 'val_stderr': val_stderr})
+            eval_iter, eval_time = iter_num, time.perf_counter() - paused_at
+            saver.wait()                        # then best_val_loss is that of the file
+            improved = gather(val_loss < saver.best_val_loss)[0][0]
+        if save_due or improved or always_save_checkpoint:
+            save(val_loss if improved else None)
+            save_due, saved_at = False, time.monotonic()
+        logged_at += time.perf_counter() - paused_at   # neither evaluating nor saving is training time
     if iter_num >= max_iters:
         break
 
@@ -245,47 +323,67 @@ while not stop.received:
     lr = get_lr(iter_num)
     for group in optimizer.param_groups:
         group['lr'] = lr
-    loss = sum(forward_backward(model, *train_batch(iter_num, m)) for m in range(gradient_accumulation_steps))
+    loss = 0.0
+    for m in range(micro_steps):
+        synchronize_gradients(m == micro_steps - 1)
+        loss += forward_backward(model, iter_num, m)
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf).item()
-    loss = loss.item()
-    if math.isfinite(loss) and math.isfinite(norm):
+    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+    norm = (norm.full_tensor() if parallel == 'fsdp' and world_size > 1 else norm).item()
+    # what all processes have to agree on
+    save_due = save_interval > 0 and time.monotonic() - saved_at >= save_interval
+    losses, stop_signals, due = gather(loss.item(), received[-1], save_due)
+    loss, stopped, save_due = sum(losses) / world_size, int(max(stop_signals)), due[0]
+    good = math.isfinite(loss) and math.isfinite(norm)
+    if good:
         scaler.step(optimizer)
         bad_steps = 0
     else:
-        bad_steps += 1
+        bad_steps, skipped = bad_steps + 1, skipped + 1
         print0(f"iter {iter_num}: loss {loss:.4f}, norm {norm:.2f}: update skipped, {bad_steps} in a row")
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     iter_num += 1
 
-    # log; the loss is the mean over the micro-steps, before the update
-    if (iter_num - 1) % log_interval == 0:
+    # log; the loss is the mean over the micro-steps and processes, before the update
+    if (iter_num - 1) % log_interval == 0 or not good:
         synchronize(device)
         seconds = (time.perf_counter() - logged_at) / (iter_num - logged_iter)
+        elapsed += time.perf_counter() - logged_at
         logged_iter, logged_at = iter_num, time.perf_counter()
-        sequences = gradient_accumulation_steps * batch_size
+        sequences = micro_steps * batch_size // parts   # of this process, on its device
         mfu = raw_model.estimate_mfu(sequences, seconds, peak_flops=peak) if peak else None
         eta = (max_iters - iter_num) * seconds + math.ceil((max_iters - iter_num) / eval_interval) * eval_time
         print0(f"iter {iter_num - 1}: loss {loss:.4f}, lr {lr:.1e}, norm {norm:.2f}, time {seconds * 1e3:.1f}ms, "
                f"{tokens_per_iter / seconds:,.0f} tok/s, mfu {f'{mfu:.1%}' if mfu else 'n/a'}, eta {duration(eta)}")
-        logger.log({'iter': iter_num - 1, 'loss': loss, 'lr': lr, 'grad_norm': norm, 'time': seconds,
-                    'tokens_per_second': tokens_per_iter / seconds, 'mfu': mfu})
+        logger.log({'iter': iter_num - 1, 'loss': loss, 'lr': lr, 'grad_norm': norm, 'skipped': skipped,
+                    'time': seconds, 'tokens_per_second': tokens_per_iter / seconds, 'mfu': mfu,
+                    'memory': peak_memory(device), 'elapsed': elapsed})
     if bad_steps == most_bad_steps:
         print0(f"stopped: {bad_steps} updates had a loss or gradient that was not finite, none was applied; try "
                "a lower --learning_rate, --adam_eps=1e-5 or --dtype=float32, or look at the data")
         break
+    if stopped:
+        break
 
 # ---- end
 if logger:
-    saved = saved_iter == iter_num or save_latest()
+    saver.wait()
+    if not gather(saver.iter_num == iter_num)[0][0]:
+        save()
+        saver.wait()
+    saved = gather(saver.iter_num == iter_num)[0][0]   # the other processes wait here until rank 0 has written
     logger.close()
-    if not saved:
+    if not saved and bad_steps < most_bad_steps:
         fail(f"the state at iteration {iter_num} is lost, the checkpoint in {out_dir} is an earlier one")
-    print0(f"saved {os.path.join(out_dir, checkpoint.LATEST)} at iteration {iter_num}; "
-           f"best validation loss {best_val_loss:.4f} in {os.path.join(out_dir, checkpoint.BEST)}\n"
+    print0(f"saved {os.path.join(out_dir, checkpoint.LATEST)} at iteration {saver.iter_num}; "
+           f"best validation loss {saver.best_val_loss:.4f} in {os.path.join(out_dir, checkpoint.BEST)}\n"
            f"sample from it: python sample.py --out_dir={out_dir}")
+    if rank == 0:
+        draw_runs([out_dir], os.path.join(out_dir, 'loss.png'))
+if world_size > 1:
+    torch.distributed.destroy_process_group()
 if bad_steps == most_bad_steps:
     sys.exit(3)
-if stop.received:
-    sys.exit(128 + stop.received)
+if stopped:
+    sys.exit(128 + stopped)

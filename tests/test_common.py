@@ -15,8 +15,6 @@ from common import (
     print0,
     resolve_device,
     resolve_dtype,
-    rng_state,
-    set_rng_state,
     try_compile,
 )
 
@@ -25,6 +23,7 @@ from common import (
 def test_device_auto(monkeypatch, cuda, mps, expected):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: mps)
+    monkeypatch.setattr(torch, 'zeros', lambda *shape, device: None)   # which proves that the device works
     assert resolve_device('auto') == expected
 
 
@@ -79,13 +78,6 @@ def test_atomic_write_is_all_or_nothing(here):
         assert open('file', 'rb').read() == b'old' and os.listdir() == ['file']
 
 
-def test_rng_state_round_trip():
-    state = rng_state('cpu')
-    drawn = torch.rand(3)
-    set_rng_state(state, 'cpu')
-    assert torch.equal(torch.rand(3), drawn)
-
-
 def test_atomic_write_goes_through_a_link(here):
     os.makedirs('large_disk')
     os.symlink('large_disk/file', 'file')
@@ -107,13 +99,11 @@ def test_only_rank_0_prints(capsys, monkeypatch):
 
 def test_compilation_falls_back_to_eager_with_one_line(capsys, monkeypatch):
     monkeypatch.setattr(torch, 'compile', lambda model: model)
-    model, state = torch.nn.Linear(2, 2), torch.get_rng_state()
+    model = torch.nn.Linear(2, 2)
 
     def run(compiled):
-        torch.rand(3)   # compiling and trying must not move the random numbers of training
         raise RuntimeError("no compiler found\nat length")
-    assert try_compile(model, run, 'cpu') is model
-    assert torch.equal(torch.get_rng_state(), state)
+    assert try_compile(model, run) is model
     assert capsys.readouterr().out == "warning: torch.compile does not work here (no compiler found), running eager\n"
 
 
@@ -121,7 +111,7 @@ def test_compilation_falls_back_to_eager_with_one_line(capsys, monkeypatch):
 def test_compilation_without_a_compiler(here):
     """ a real failure: the C++ compiler that torch.compile would call does not exist """
     code = "import torch, common; m = torch.nn.Linear(2, 2); " \
-           "print(common.try_compile(m, lambda c: c(torch.ones(1, 2)), 'cpu') is m)"
+           "print(common.try_compile(m, lambda c: c(torch.ones(1, 2))) is m)"
     environment = {**os.environ, 'CXX': '/nonexistent/c++', 'TORCHINDUCTOR_CACHE_DIR': str(here), 'PYTHONPATH': ROOT}
     done = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True)
     assert done.stdout.startswith('warning: torch.compile does not work here')

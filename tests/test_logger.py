@@ -7,7 +7,7 @@ import pytest
 
 from logger import Logger, read_log
 
-OFF = {'wandb_log': False}
+OFF = {'wandb_log': False, 'tensorboard_log': False}
 
 
 def test_a_resumed_log_repeats_nothing(here):
@@ -35,7 +35,8 @@ def test_a_full_disk_does_not_stop_the_run(here, capsys):
     assert 'warning: a record is missing in log.jsonl' in capsys.readouterr().out
 
 
-WANDB = {'wandb_log': True, 'wandb_project': 'p', 'wandb_run_name': 'n', 'out_dir': 'out', 'max_iters': 1}
+WANDB = {'wandb_log': True, 'tensorboard_log': False,
+         'wandb_project': 'p', 'wandb_run_name': 'n', 'out_dir': 'out', 'max_iters': 1}
 
 
 @pytest.mark.slow

@@ -89,14 +89,14 @@ def test_nanogpts_own_checkpoint(tiny, script, fails, capsys):
 @pytest.mark.parametrize('start', ['Hello World', '', '<|endoftext|>'])
 def test_gpt2_tokens_never_come_from_the_padding(here, script, capsys, start):
     """ ids 50257 to 50303 of a padded vocabulary decode to nothing and must not be drawn, however likely they are """
-    from checkpoint import model_args, save
+    from checkpoint import save
     from model import GPT, GPTConfig
     torch.manual_seed(0)
     model = GPT(GPTConfig(8, 50304, 1, 1, 8))
     with torch.no_grad():
         model.lm_head.weight[50257:] *= 1000
     save('out/ckpt.pt',
-         {'model': model.state_dict(), 'model_args': model_args(model.config), 'tokenizer': {'name': 'gpt2'}})
+         {'model': model.state_dict(), 'model_args': model.config.model_args(), 'tokenizer': {'name': 'gpt2'}})
     script('sample.py', *SHORT, f'--start={start}', '--top_k=0')
     samples = texts(capsys)
     assert len(samples) == 2 and all(text.startswith(start or '<|endoftext|>') for text in samples)

@@ -1,8 +1,8 @@
 """ train.py, the real script: what it learns, says, saves, continues and refuses. """
+import hashlib
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -10,26 +10,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, equal, records, tensors
 
 import model as model_module
 from checkpoint import load
-
-
-def records(kind, path='out/log.jsonl'):
-    return [record for record in map(json.loads, open(path)) if kind in record]
-
-
-def tensors(path='out/ckpt.pt'):
-    """ every weight, moment and step count, by name """
-    checkpoint = load(path)
-    moments = {f'{i} {key}': value for i, state in checkpoint['optimizer']['state'].items()
-               for key, value in state.items()}
-    return {**checkpoint['model'], **moments, 'rng': checkpoint['rng']['cpu']}
-
-
-def equal(one, two):
-    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_a_run_from_start_to_sample(tiny, script, capsys):
@@ -43,7 +27,7 @@ def test_a_run_from_start_to_sample(tiny, script, capsys):
     assert parts[:4] == ['loss', 'lr', 'norm', 'time'] and iters[1].count('tok/s') == 1
     assert 'mfu n/a' in iters[1] and 'eta ' in iters[1]   # no peak is known for a CPU
     assert lines[-1] == 'sample from it: python sample.py --out_dir=out'
-    assert sorted(os.listdir('out')) == ['ckpt.pt', 'ckpt_best.pt', 'log.jsonl']
+    assert sorted(os.listdir('out')) == ['ckpt.pt', 'ckpt_best.pt', 'ckpt_prev.pt', 'log.jsonl', 'loss.png']
     script('sample.py', '--out_dir=out', '--device=cpu', '--num_samples=2', '--max_new_tokens=5')
     text = capsys.readouterr().out
     assert text.count('---------------\n') == 2 and set(text) <= set('\nabcdefgh-')
@@ -203,11 +187,11 @@ def test_a_best_that_could_not_be_saved_is_not_the_best(tiny, script, monkeypatc
     import checkpoint
     save, failed = checkpoint.save, []
 
-    def fails_once(path, state):
+    def fails_once(path, *state):
         if path.endswith('best.pt') and not failed:
             failed.append(1)
             return False
-        return save(path, state)
+        return save(path, *state)
     monkeypatch.setattr(checkpoint, 'save', fails_once)
     script('train.py', *TINY, '--learning_rate=0.5', '--min_lr=0.5', '--max_iters=8', '--eval_interval=2')
     losses = {r['iter']: r['val_loss'] for r in records('val_loss')}
@@ -218,9 +202,9 @@ def test_always_save_checkpoint(tiny, script, monkeypatch):
     import checkpoint
     written, save = [], checkpoint.save
 
-    def record(path, state):
+    def record(path, state, *previous):
         written.append((path, state['iter_num']))
-        return save(path, state)
+        return save(path, state, *previous)
     monkeypatch.setattr(checkpoint, 'save', record)
     options = [*TINY, '--learning_rate=0', '--min_lr=0', '--weight_decay=0', '--eval_interval=3']   # improves at 0 only
     script('train.py', *options)
@@ -257,7 +241,8 @@ def test_eval_only_stops_and_saves_nothing(tiny, script, capsys, init_from):
 def test_a_used_out_dir_is_not_overwritten(tiny, script, capsys):
     script('train.py', *TINY, '--max_iters=1')
     script('train.py', *TINY, '--max_iters=2')
-    assert 'out held another run: moved ckpt.pt, ckpt_best.pt, log.jsonl to out/old-1' in capsys.readouterr().out
+    assert ('out held another run: moved ckpt.pt, ckpt_prev.pt, ckpt_best.pt, log.jsonl, loss.png to out/old-1'
+            in capsys.readouterr().out)
     assert load('out/old-1/ckpt.pt')['iter_num'] == 1 and load('out/ckpt.pt')['iter_num'] == 2
     assert [record['iter'] for record in records('loss')] == [0, 1]
 
@@ -267,16 +252,16 @@ def test_resume_says_what_differs_and_refuses_other_tokens(tiny, script, fails, 
     capsys.readouterr()
     script('train.py', *TINY, '--init_from=resume', '--max_iters=3', '--learning_rate=5e-3', '--n_layer=4')
     out = capsys.readouterr().out
-    assert 'resume: learning_rate was 0.01, is 0.005' in out and 'resume: max_iters was 2, is 3' in out
-    assert 'resume: n_layer was 2, is 4' in out and 'batch_size' not in out
+    assert 'checkpoint: learning_rate was 0.01, is 0.005' in out and 'checkpoint: max_iters was 2, is 3' in out
+    assert 'checkpoint: n_layer stays 2, not 4' in out and 'batch_size' not in out
     assert load('out/ckpt.pt')['model_args']['n_layer'] == 2   # the checkpoint's shape counts, as in nanoGPT
     tokens = np.fromfile('data/tiny/train.bin', dtype='uint16')[:-1]
     tokens.tofile('data/tiny/train.bin')
     from dataset import CharTokenizer, write_dataset
     write_dataset('data/tiny', CharTokenizer('\nabcdefgh'), {'train': tokens, 'val': tokens})
-    assert 'its sha256 was' in fails('train.py', *TINY, '--init_from=resume')[1]
+    assert "the checkpoint's tokens was" in fails('train.py', *TINY, '--init_from=resume')[1]
     write_dataset('data/tiny', CharTokenizer('\nhgfedcba'), {'train': tokens, 'val': tokens})
-    assert 'its tokenizer was' in fails('train.py', *TINY, '--init_from=resume')[1]
+    assert "the checkpoint's tokenizer was" in fails('train.py', *TINY, '--init_from=resume')[1]
 
 
 def test_resume_with_nothing_left_changes_nothing(tiny, script):
@@ -320,7 +305,7 @@ def test_ten_bad_updates_stop_the_run_and_spoil_nothing(tiny, script, capsys, mo
         script('train.py', *options, '--max_iters=50')
     out = capsys.readouterr().out
     assert stop.value.code == 3 and 'iter 3: loss nan' in out and '10 in a row' in out and '--learning_rate' in out
-    assert load('out/ckpt.pt')['iter_num'] == 13 and records('iter')[4]['loss'] is None   # NaN is no JSON
+    assert load('out/ckpt.pt')['iter_num'] == 13 and records('loss')[3]['loss'] is None   # NaN is no JSON
     monkeypatch.undo()
     os.chdir(tiny)
     script('train.py', *options, '--max_iters=3', '--out_dir=clean')
@@ -379,34 +364,101 @@ def test_weights_alone_are_not_resumed(tiny, script, fails):
     assert "optimizer state does not fit" in fails('train.py', *TINY, '--init_from=resume')[1]
 
 
-def test_a_damaged_checkpoint_is_not_resumed(tiny, script, fails):
-    script('train.py', *TINY, '--max_iters=1')
-    content = bytearray(open('out/ckpt.pt', 'rb').read())
+def damage(path):
+    content = bytearray(open(path, 'rb').read())
     content[len(content) // 2] ^= 1
-    open('out/ckpt.pt', 'wb').write(content)
-    assert 'is damaged' in fails('train.py', *TINY, '--init_from=resume')[1]
+    open(path, 'wb').write(content)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_signal_finishes_the_step_and_saves(tiny, script, number, code):
-    """ a real signal to a real process, whose run then continues as if nothing had happened """
-    options = [*TINY, '--max_iters=100000', '--lr_decay_iters=50', '--dropout=0.1', '--learning_rate=1e-3']
-    process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'train.py'), *options], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               env={**os.environ, 'OMP_NUM_THREADS': '1'})   # exact, as here
-    for line in process.stdout:
-        if line.startswith('iter 20:'):
-            process.send_signal(number)
-            break
-    out = process.stdout.read()
-    assert process.wait() == code and 'finishing this step' in out and 'saved out/ckpt.pt' in out
-    stopped = load('out/ckpt.pt')['iter_num']
-    assert stopped > 20
-    script('train.py', *options, '--init_from=resume', f'--max_iters={stopped + 5}')
-    script('train.py', *options, '--out_dir=straight', f'--max_iters={stopped + 5}')
-    assert [record['iter'] for record in records('loss')] == list(range(stopped + 5))
+def test_a_damaged_latest_falls_back_to_the_one_before(tiny, script, fails, capsys):
+    script('train.py', *TINY, '--eval_interval=2', '--out_dir=straight')
+    script('train.py', *TINY, '--eval_interval=2', '--max_iters=4')
+    damage('out/ckpt.pt')
+    capsys.readouterr()
+    script('train.py', *TINY, '--eval_interval=2', '--init_from=resume')
+    out = capsys.readouterr().out
+    assert 'warning: out/ckpt.pt is damaged at ' in out
+    assert 'warning: going on from the checkpoint before, out/ckpt_prev.pt at iteration 2\n' in out
     assert equal(tensors(), tensors('straight/ckpt.pt'))
+    assert [record['iter'] for record in records('loss')] == [0, 1, 2, 3, 4, 5]
+    damage('out/ckpt.pt')
+    damage('out/ckpt_prev.pt')
+    assert 'out/ckpt.pt is of no use' in fails('train.py', *TINY, '--init_from=resume')[1]
+    script('train.py', *TINY, '--init_from=auto', '--max_iters=1')   # starts over, and keeps what there was
+    assert os.path.exists('out/old-1/ckpt_prev.pt') and load('out/ckpt.pt')['iter_num'] == 1
+
+
+def test_a_kill_between_two_renames_loses_nothing(tiny, script):
+    """ for a moment there is no ckpt.pt, only the one before """
+    script('train.py', *TINY, '--eval_interval=2', '--max_iters=4')
+    os.remove('out/ckpt.pt')
+    script('train.py', *TINY, '--init_from=auto', '--max_iters=3')
+    assert load('out/ckpt.pt')['iter_num'] == 3
+    os.remove('out/ckpt.pt')
+    os.remove('out/ckpt_best.pt')
+    script('sample.py', '--out_dir=out', '--device=cpu', '--num_samples=1', '--max_new_tokens=1')
+
+
+def test_auto_starts_and_then_resumes(tiny, script, capsys):
+    script('train.py', *TINY, '--out_dir=straight')
+    script('train.py', *TINY, '--init_from=auto', '--max_iters=3')
+    script('train.py', *TINY, '--init_from=auto')
+    assert equal(tensors(), tensors('straight/ckpt.pt')) and not os.path.exists('out/old-1')
+
+
+@pytest.mark.parametrize('path', ['ckpt:out', 'ckpt:out/ckpt_best.pt'])
+def test_weights_alone_start_a_fresh_run_on_other_data(tiny, script, fails, path):
+    script('train.py', *TINY, '--max_iters=4', '--learning_rate=1e-3')
+    os.rename('data/tiny', 'data/other')
+    tokens = np.fromfile('data/other/train.bin', dtype='uint16')
+    from dataset import CharTokenizer, write_dataset
+    write_dataset('data/other', CharTokenizer('\nabcdefgh'), {'train': tokens[::-1], 'val': tokens[:300]})
+    result = script('train.py', *TINY, '--dataset=other', f'--init_from={path}', '--out_dir=next', '--max_iters=0',
+                    '--n_layer=4', '--dropout=0.5')
+    weights = load('out/ckpt_best.pt')['model']
+    assert all(torch.equal(value, weights[name]) for name, value in load('next/ckpt.pt')['model'].items())
+    assert load('next/ckpt.pt')['model_args']['dropout'] == 0.5 and result['iter_num'] == 0
+    script('train.py', *TINY, '--dataset=other', f'--init_from={path}', '--out_dir=next', '--max_iters=2')
+    assert tensors('next/ckpt.pt')['0 step'] == 2 and [r['iter'] for r in records('loss', 'next/log.jsonl')] == [0, 1]
+    write_dataset('data/other', CharTokenizer('\nhgfedcba'), {'train': tokens, 'val': tokens})
+    line = fails('train.py', *TINY, '--dataset=other', f'--init_from={path}')[1]
+    assert "tokenizer was" in line and 'abcdefgh' in line and 'hgfedcba' in line   # both values
+    assert 'nowhere' in fails('train.py', *TINY, '--init_from=ckpt:nowhere')[1]
+
+
+def test_checkpoints_between_evaluations(tiny, script, monkeypatch):
+    import checkpoint
+    written, write = [], checkpoint.Saver._write
+    monkeypatch.setattr(checkpoint.Saver, '_write',
+                        lambda self, state, best: (written.append(state['iter_num']), write(self, state, best)))
+    script('train.py', *TINY, '--save_interval=1e-6')
+    assert written == [0, 1, 2, 3, 4, 5, 6]   # 6 once, although it is evaluated too
+    written.clear()
+    script('train.py', *TINY, '--save_interval=0')
+    assert written == [0, 6]
+
+
+def test_provenance(tiny, script):
+    """ the first line of log.jsonl and the checkpoint say where the numbers come from, and resuming adds its own """
+    script('train.py', *TINY, '--max_iters=2')
+    script('train.py', *TINY, '--max_iters=3', '--init_from=resume')
+    first, second = [json.loads(line) for line in open('out/log.jsonl') if '"command"' in line]
+    assert json.loads(open('out/log.jsonl').readline()) == first and (first['iter'], second['iter']) == (0, 2)
+    assert '--max_iters=2' in first['command'] and '--init_from=resume' in second['command']
+    assert first['config']['max_iters'] == 2 and first['versions']['torch'] == torch.__version__
+    assert first['sha256']['train'] == hashlib.sha256(open('data/tiny/train.bin', 'rb').read()).hexdigest()
+    head = subprocess.run(['git', '-C', ROOT, 'rev-parse', 'HEAD'], capture_output=True, text=True).stdout.strip()
+    assert first['commit'].removesuffix('-dirty') == head   # '' where this is no git repository
+    assert (first['device'], first['dtype'], first['processes']) == ('cpu', 'torch.float32', 1)
+    saved = load('out/ckpt.pt')
+    assert all(saved[key] == second[key] for key in ('config', 'command', 'versions', 'commit', 'tokenizer', 'sha256'))
+
+
+def test_a_record_has_every_number(tiny, script):
+    script('train.py', *TINY)
+    assert set(records('loss')[0]) == {'iter', 'loss', 'lr', 'grad_norm', 'skipped', 'time', 'tokens_per_second', 'mfu',
+                                       'memory', 'elapsed'}
+    assert records('loss')[-1]['memory'] > 10e6 and records('loss')[-1]['elapsed'] > records('loss')[0]['elapsed'] > 0
 
 
 @pytest.mark.slow
@@ -419,27 +471,6 @@ def test_a_reader_that_goes_away_does_not_end_the_run(tiny):
     assert 'Error' not in process.stderr.read()
     process.wait()
     assert load('out/ckpt.pt')['iter_num'] == 30
-
-
-@pytest.mark.slow
-def test_nohup_is_respected(tiny):
-    code = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); import common; common.StopSignals(); " \
-           "assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN; " \
-           "assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL"
-    assert subprocess.run([sys.executable, '-c', code], env={**os.environ, 'PYTHONPATH': ROOT}).returncode == 0
-
-
-@pytest.mark.slow
-def test_a_second_signal_stops_at_once(tiny):
-    code = "import common, time; common.StopSignals(); print('ready', flush=True); time.sleep(60)"
-    process = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True, env={**os.environ, 'PYTHONPATH': ROOT})
-    process.stdout.readline()
-    process.send_signal(signal.SIGTERM)
-    assert 'SIGTERM: finishing' in process.stdout.readline()
-    start = time.perf_counter()
-    process.send_signal(signal.SIGINT)
-    assert process.wait() == -signal.SIGINT and time.perf_counter() - start < 5
 
 
 @pytest.mark.slow
