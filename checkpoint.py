@@ -26,6 +26,7 @@ from common import atomic_write, fail, first_line, gather, is_rank_0, print0
 from model import GPT, GPTConfig
 
 LATEST, PREVIOUS, BEST = 'ckpt.pt', 'ckpt_prev.pt', 'ckpt_best.pt'
+PARTS = ('model', 'model_args')   # what makes a file a checkpoint
 
 
 # ---- saving
@@ -33,8 +34,8 @@ LATEST, PREVIOUS, BEST = 'ckpt.pt', 'ckpt_prev.pt', 'ckpt_best.pt'
 def provenance(config: dict, meta: dict) -> dict:
     """ what a run's numbers come from: configuration, command line, versions, git commit ('' outside git), data """
     commit, here = '', os.path.dirname(os.path.abspath(__file__))
+    git = ['git', '-C', here, 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*']
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        git = ['git', '-C', here, 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*']
         commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
     versions = {'python': platform.python_version(), 'torch': str(torch.__version__), 'numpy': np.__version__}
     return {'config': config, 'command': shlex.join(sys.argv), 'versions': versions, 'commit': commit,
@@ -178,7 +179,7 @@ def _read(path: str) -> dict:
         raise ValueError(f"{path} is damaged or not a checkpoint ({first_line(error)})") from None
     if damaged:
         raise ValueError(f"{path} is damaged at {damaged}")
-    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(k), dict) for k in ('model', 'model_args')):
+    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(k), dict) for k in PARTS):
         raise ValueError(f"{path} is not a GPT checkpoint: it has no model and model_args")
     # torch.compile and DDP wrappers prefix the names, and before PyTorch 2.0 nanoGPT stored its causal masks too
     checkpoint['model'] = {name.removeprefix('module.').removeprefix('_orig_mod.'): tensor
@@ -202,17 +203,16 @@ def starting_point(init_from: str, out_dir: str) -> dict:
     if init_from.startswith('ckpt:'):
         path = init_from.removeprefix('ckpt:')
         trained = load(find(path, 'best') if os.path.isdir(path) else path)
-        return {key: trained[key] for key in ('model', 'model_args', 'tokenizer') if key in trained}
+        return {key: trained[key] for key in (*PARTS, 'tokenizer') if key in trained}
     state, paths = {}, [os.path.join(out_dir, name) for name in (LATEST, PREVIOUS)]
     for path in filter(os.path.exists, paths if init_from in ('resume', 'auto') else ()):
         try:
             state = _read(path)
+            break
         except ValueError as error:
             print0(f"warning: {error}")
-            continue
-        if path == paths[1]:
-            print0(f"warning: going on from the checkpoint before, {path} at iteration {state.get('iter_num')}")
-        break
+    if state and path == paths[1]:
+        print0(f"warning: going on from the checkpoint before, {path} at iteration {state.get('iter_num')}")
     if init_from == 'resume' and not state:
         fail(f"{find(out_dir)} is of no use; --init_from=auto would start over and keep it aside")
     found = gather(state.get('iter_num', -1))[0]
@@ -276,5 +276,5 @@ def check_start(checkpoint: dict, config: dict, data: dict) -> None:
         print0(f"checkpoint: {key} " + (f"stays {old!r}, not {now!r}" if fixed else f"was {old!r}, is {now!r}"))
     for key, now in data.items():
         if (old := checkpoint.get(key)) and now and now != old:
-            fail(f"the checkpoint's {key} was {old}, this dataset's is {now}; a model keeps its tokenizer, a resumed run "
-                 "its data too (--init_from=ckpt:PATH starts anew on other data)")
+            fail(f"the checkpoint's {key} was {old}, this dataset's is {now}; a model keeps its tokenizer, "
+                 "a resumed run its data too (--init_from=ckpt:PATH starts anew on other data)")

@@ -9,7 +9,7 @@ from typing import IO
 import torch
 import torch.distributed as dist
 
-# dense tensor-core peak in TFLOP/s, from NVIDIA's data sheets; the first entry that a device's name has as whole words
+# dense tensor-core peak in TFLOP/s, NVIDIA's data sheets; the first entry found as whole words in a name counts
 PEAK_BF16 = {'GB200': 2500, 'B200': 2250, 'H200 NVL': 835, 'H200': 989, 'H100 NVL': 835, 'H100 PCIe': 756, 'H100': 989,
              'A100': 312, 'L40S': 362, 'L4': 121, 'A10': 125, 'RTX 4090': 165.2, 'RTX 3090': 71}
 PEAK_FP16 = {**PEAK_BF16, 'V100S': 130, 'V100-PCIE': 112, 'V100': 125, 'T4': 65}   # the last four have no bfloat16
@@ -156,7 +156,7 @@ def start_processes(device: str, backend: str) -> tuple[int, int]:
     if device == 'mps':
         fail("several processes need GPUs with CUDA or --device=cpu, mps is for one process")
     store, rank, _ = next(dist.rendezvous('env://'))
-    if os.environ.get('GROUP_WORLD_SIZE') == '1':   # torchrun's store keeps a crashed attempt's addresses: pytorch 135712
+    if os.environ.get('GROUP_WORLD_SIZE') == '1':   # torchrun keeps a crashed try's addresses (pytorch 135712)
         store = dist.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], store)
     backend = f'cpu:gloo,cuda:{backend}' if device.startswith('cuda') else 'gloo'
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
@@ -180,7 +180,7 @@ def gather(*numbers: float) -> list[list[float]]:
 
 @contextlib.contextmanager
 def atomic_write(path: str, previous: str = '') -> Iterator[IO[bytes]]:
-    """ a binary file that stands under path, whole, when the block ends, else path stays; previous keeps the old one """
+    """ a file that stands under path, whole, when the block ends, or path stays; previous keeps what stood there """
     path = os.path.realpath(path)   # through a link, not over it
     try:
         with open(temporary := f'{path}.tmp', 'wb') as file:

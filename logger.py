@@ -10,8 +10,6 @@ import os
 
 from common import atomic_write, first_line, is_rank_0, print0
 
-DASHBOARD_NAMES = {'train_loss': 'train/loss', 'val_loss': 'val/loss'}   # as nanoGPT's dashboards know them
-
 
 def read_log(path: str) -> list[dict]:
     """ the records of a log.jsonl; a last line that was cut off by a crash is left out """
@@ -50,9 +48,9 @@ class Logger:
             self._dashboards['wandb'], self.wandb_id = run, run.id
         if config['tensorboard_log'] and (board := _start_tensorboard(out_dir, iter_num)):
             self._dashboards['TensorBoard'] = board
-            for record in kept[-2:]:
+            for record in kept:
                 if record['iter'] == iter_num and 'val_loss' in record:   # hidden together with what is dropped
-                    board.log(record)
+                    board.log(_named(record))
 
     def log(self, record: dict) -> None:
         """ record: plain numbers, with 'iter'; one that is not finite becomes null, which JSON has """
@@ -60,11 +58,9 @@ class Logger:
             return
         record = {key: value if value is None or math.isfinite(value) else None for key, value in record.items()}
         self._write(record)
-        named = {DASHBOARD_NAMES.get(key, key): value for key, value in record.items() if value is not None}
-        named.update({'mfu': 100 * named['mfu']} if 'mfu' in named else {})
         for name, board in list(self._dashboards.items()):
             try:
-                board.log(named)
+                board.log(_named(record))
             except Exception as error:   # whatever it raises
                 print0(f"warning: {name} stopped logging ({error}); log.jsonl goes on")
                 del self._dashboards[name]
@@ -84,6 +80,13 @@ class Logger:
                 board.finish()
             except Exception as error:   # such as an upload that failed
                 print0(f"warning: {name} did not finish ({first_line(error)}); log.jsonl is complete")
+
+
+def _named(record: dict) -> dict:
+    """ a record as nanoGPT's dashboards know it """
+    names = {'train_loss': 'train/loss', 'val_loss': 'val/loss'}
+    percent = {'mfu': 100 * record['mfu']} if record.get('mfu') else {}
+    return {names.get(key, key): value for key, value in {**record, **percent}.items() if value is not None}
 
 
 def _start_wandb(config: dict, wandb_id: str):

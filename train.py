@@ -6,6 +6,7 @@ $ python train.py config/train_shakespeare_char.py --init_from=resume
 $ python train.py config/train_shakespeare_char.py --init_from=resume --eval_only=True --eval_iters=0
 $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py --init_from=auto
 """
+import contextlib
 import itertools
 import math
 import os
@@ -129,7 +130,7 @@ torch.manual_seed(seed % 2**63)                 # any int will do
 signals = [signal.SIGINT, signal.SIGTERM]
 if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:   # nohup wants it ignored
     signals.append(signal.SIGHUP)
-received = [0]                                  # the last is the signal that asks to stop
+received = [0]                                  # the last is the signal that asks to stop, 0: none yet
 
 
 def on_signal(number, frame):
@@ -138,7 +139,8 @@ def on_signal(number, frame):
     for each in signals:
         signal.signal(each, signal.SIG_DFL)
     line = f"{signal.Signals(number).name}: finishing this step, then saving; once more stops at once\n"
-    os.write(2, line.encode() * (rank == 0))    # not print: the signal may have come in the middle of one
+    with contextlib.suppress(OSError):          # the terminal has gone
+        os.write(2, line.encode() * (rank == 0))   # not print: the signal may have come in the middle of one
 
 
 for each in signals:
@@ -172,8 +174,9 @@ else:
 block_size = model.config.block_size
 check_fits(splits, model.config.vocab_size, block_size)
 if parallel == 'fsdp' and world_size > 1:
-    for part in (*model.transformer.h, model):   # a block's weights are whole only while it computes
-        fully_shard(part, mesh=torch.distributed.init_device_mesh(device_type, (world_size,)))
+    mesh = torch.distributed.init_device_mesh(device_type, (world_size,))
+    for part in (*model.transformer.h, model):  # a block's weights are whole only while it computes
+        fully_shard(part, mesh=mesh)
 model.to(device)
 model.grad_checkpoint = grad_checkpoint
 iter_num = start.get('iter_num', 0)             # updates done
@@ -230,7 +233,7 @@ def evaluate(split):
 
 
 def save(improved_to=None):
-    """ the state of the run into out_dir, in the background, as the best too where val loss improved to that """
+    """ the state of the run into out_dir, and as the best one too if the validation loss improved to that """
     saver.save({
         'model': raw_model.state_dict(keep_vars=True), 'model_args': raw_model.config.model_args(),
         'iter_num': iter_num, 'eval_iter': eval_iter, 'skipped': skipped, 'elapsed': elapsed,

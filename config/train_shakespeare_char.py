@@ -7,7 +7,7 @@ dataset = 'shakespeare_char'
 eval_interval = 250             # it overfits, so look often
 eval_iters = 200
 log_interval = 10
-always_save_checkpoint = False  # write ckpt.pt when the validation loss improves, on an interruption and at the end
+always_save_checkpoint = False  # at improvements, every save_interval seconds, on an interruption and at the end
 
 wandb_project = 'shakespeare-char'
 wandb_run_name = 'mini-gpt'

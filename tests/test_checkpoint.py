@@ -1,4 +1,5 @@
 """ checkpoint.py: atomic, verified, harmless, exchangeable with nanoGPT. """
+import copy
 import os
 import pickle
 import random
@@ -6,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from checkpoint import build_model, find, load, load_optimizer, move_aside, save
+from checkpoint import Saver, build_model, find, load, load_optimizer, move_aside, save
 from model import GPT, GPTConfig
 
 SMALL = dict(block_size=8, vocab_size=20, n_layer=1, n_head=2, n_embd=16)
@@ -205,6 +207,126 @@ def test_a_write_that_fails_half_way_keeps_the_old_file(here, capsys):
         signal.signal(signal.SIGXFSZ, handler)
     assert open('ckpt.pt', 'rb').read() == before and os.listdir() == ['ckpt.pt']
     assert 'was not saved' in capsys.readouterr().out
+
+
+def test_a_flip_anywhere_is_harmless_or_noticed(here):
+    """ 1 bit in any place of the file, the zip's own tables included: one line, or all that was saved """
+    saved = state_of(*trained())
+    save('ckpt.pt', saved)
+    whole, noticed = open('ckpt.pt', 'rb').read(), 0
+    rng = random.Random(1)
+    places = [rng.randrange(len(whole)) for _ in range(150)]
+    for at in places + [-1 - rng.randrange(3000) for _ in range(150)]:   # the tables are at the end
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << rng.randrange(8)
+        open('bad.pt', 'wb').write(damaged)
+        try:
+            loaded = load('bad.pt')
+        except SystemExit as stop:
+            noticed += 1
+            assert 'bad.pt' in stop.code and '\n' not in stop.code
+        else:
+            assert all(torch.equal(loaded['model'][name], tensor) for name, tensor in saved['model'].items())
+            assert str(loaded['optimizer']) == str(saved['optimizer'])
+            assert all(loaded[key] == saved[key] for key in ('iter_num', 'best_val_loss', 'config', 'model_args'))
+    assert noticed > 150
+
+
+def test_moments_that_are_not_finite_are_never_saved(here, capsys):
+    model, optimizer = trained()
+    optimizer.state[model.lm_head.weight]['exp_avg_sq'][0, 0] = float('inf')
+    assert not save('ckpt.pt', state_of(model, optimizer)) and os.listdir() == []
+
+
+def test_an_older_checkpoint_gives_way_to_a_newer_one(here, capsys, monkeypatch):
+    """ with room for two files only, and with what a kill left behind """
+    state = state_of(*trained())
+    for _ in range(2):
+        assert save('ckpt.pt', state, 'ckpt_prev.pt')
+    open('ckpt.pt.tmp', 'wb').write(b'x' * 10)
+    size = os.path.getsize('ckpt.pt')
+    monkeypatch.setattr('shutil.disk_usage', lambda _: type('Usage', (), {
+        'free': 2.5 * size - sum(os.path.getsize(name) for name in os.listdir())}))
+    assert save('ckpt.pt', {**state, 'iter_num': 4}, 'ckpt_prev.pt')
+    assert load('ckpt.pt')['iter_num'] == 4 and load('ckpt_prev.pt')['iter_num'] == 3
+    assert sorted(os.listdir()) == ['ckpt.pt', 'ckpt_prev.pt'] and capsys.readouterr().out == ''
+
+
+def test_the_one_before_is_kept(here):
+    state = state_of(*trained())
+    for number in range(3):
+        save('ckpt.pt', {**state, 'iter_num': number}, 'ckpt_prev.pt')
+    assert [load(name)['iter_num'] for name in ('ckpt.pt', 'ckpt_prev.pt')] == [2, 1]
+
+
+# ---- in the background
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """ torch.save waits until the event is set """
+    event, write = threading.Event(), torch.save
+
+    def wait(*arguments):
+        assert event.wait(10)
+        write(*arguments)
+    monkeypatch.setattr(torch, 'save', wait)
+    yield event
+    event.set()
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(here, slow_disk):
+    """ and the file has the state of the moment of saving, tied weights once """
+    model, optimizer = trained()
+    before, moment = copy.deepcopy(model.state_dict()), optimizer.state[model.lm_head.weight]['exp_avg'].clone()
+    saver = Saver('out')
+    saver.save({**state_of(model, optimizer), 'model': model.state_dict(keep_vars=True)}, best_val_loss=1.5)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert not os.path.exists('out/ckpt.pt') and saver.iter_num == -1
+    slow_disk.set()
+    saver.wait()
+    assert (saver.iter_num, saver.best_val_loss) == (3, 1.5)
+    saved, best = load('out/ckpt.pt'), load('out/ckpt_best.pt')
+    assert all(torch.equal(saved['model'][name], tensor) for name, tensor in before.items())
+    assert any(torch.equal(state['exp_avg'], moment) for state in saved['optimizer']['state'].values()
+               if state['exp_avg'].shape == moment.shape)
+    assert 'optimizer' not in best and best['best_val_loss'] == saved['best_val_loss'] == 1.5
+    tensors = [*saved['model'].values(), *(v for s in saved['optimizer']['state'].values() for v in s.values())]
+    assert len({tensor.data_ptr() for tensor in tensors}) == len(tensors) - 1
+
+
+def test_memory_of_the_copies_is_used_again(here):
+    model, optimizer = trained()
+    saver, seen = Saver('out'), []
+    for _ in range(3):
+        saver.save(state_of(model, optimizer))
+        seen.append({tensor.data_ptr() for tensor in saver._buffers.values()})
+        saver.wait()
+    assert len(seen[0]) > 10 and len(seen[1] & seen[2]) > 10
+
+
+def test_what_the_writer_meets_is_not_lost(here, capsys, monkeypatch):
+    """ a full disk is one line, and the numbers stay those of the files; what nobody expected is raised """
+    model, optimizer = trained()
+    saver = Saver('out', iter_num=1, best_val_loss=2.0)
+    monkeypatch.setattr('shutil.disk_usage', lambda _: type('Usage', (), {'free': 10}))
+    saver.save(state_of(model, optimizer), best_val_loss=1.5)
+    saver.wait()
+    assert (saver.iter_num, saver.best_val_loss) == (1, 2.0) and capsys.readouterr().out.count('was not saved') == 2
+    monkeypatch.setattr('shutil.disk_usage', lambda _: 1 / 0)
+    saver.save(state_of(model, optimizer))
+    with pytest.raises(ZeroDivisionError):
+        saver.wait()
+
+
+@pytest.mark.slow
+def test_the_end_of_a_script_waits_for_the_writer(here):
+    code = "import checkpoint, time, torch; write = torch.save\n" \
+           "torch.save = lambda *a: (time.sleep(1), write(*a))\n" \
+           "checkpoint.Saver('.').save({'model': {'w': torch.ones(9)}, 'model_args': {}, 'iter_num': 7}); raise OSError"
+    subprocess.run([sys.executable, '-c', code], env={**os.environ, 'PYTHONPATH': ROOT}, stderr=subprocess.DEVNULL)
+    assert load('ckpt.pt')['iter_num'] == 7
 
 
 @pytest.mark.slow

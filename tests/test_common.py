@@ -1,6 +1,7 @@
 """ common.py: devices, dtypes, peak FLOPS, atomic files, random state, compilation. """
 import contextlib
 import os
+import stat
 import subprocess
 import sys
 
@@ -11,7 +12,9 @@ from conftest import ROOT
 from common import (
     atomic_write,
     duration,
+    gather,
     peak_flops,
+    peak_memory,
     print0,
     resolve_device,
     resolve_dtype,
@@ -78,12 +81,56 @@ def test_atomic_write_is_all_or_nothing(here):
         assert open('file', 'rb').read() == b'old' and os.listdir() == ['file']
 
 
+def test_atomic_write_reaches_the_disk_before_the_name(here, monkeypatch):
+    """ content, then name, then the folder that has the name: in any other order a power cut could lose both """
+    steps, replace, fsync = [], os.replace, os.fsync
+    monkeypatch.setattr(os, 'replace', lambda *names: (steps.append('replace'), replace(*names)))
+    monkeypatch.setattr(os, 'fsync', lambda number: (
+        steps.append('folder' if stat.S_ISDIR(os.fstat(number).st_mode) else os.fstat(number).st_size), fsync(number)))
+    with atomic_write('file') as file:
+        file.write(b'four')
+    assert steps == [4, 'replace', 'folder']
+
+
+def test_atomic_write_keeps_what_stood_there(here):
+    for content in (b'1', b'2', b'3'):
+        with atomic_write('file', 'before') as file:
+            file.write(content)
+    assert open('file').read() == '3' and open('before').read() == '2' and len(os.listdir()) == 2
+
+
 def test_atomic_write_goes_through_a_link(here):
     os.makedirs('large_disk')
     os.symlink('large_disk/file', 'file')
     with atomic_write('file') as file:
         file.write(b'x')
     assert os.path.islink('file') and open('large_disk/file').read() == 'x'
+
+
+def test_gather_in_one_process():
+    assert gather(1, 2.5) == [[1], [2.5]]
+
+
+def test_a_gpu_for_each_process(monkeypatch):
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '4')
+    monkeypatch.setenv('LOCAL_RANK', '3')
+    chosen = []
+    monkeypatch.setattr(torch, 'zeros', lambda *shape, device: None)
+    monkeypatch.setattr(torch.cuda, 'set_device', chosen.append)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
+    assert resolve_device('cuda') == 'cuda:3' and chosen == ['cuda:3']
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    with pytest.raises(SystemExit):
+        resolve_device('cuda')
+    monkeypatch.setenv('LOCAL_RANK', '0')   # which speaks for its machine
+    with pytest.raises(SystemExit, match='4 processes on a machine with 2 GPUs'):
+        resolve_device('cuda')
+
+
+def test_peak_memory_is_that_of_the_process():
+    before = peak_memory('cpu')
+    block = torch.ones(50_000_000)   # 200 MB
+    assert before > 50e6 and peak_memory('cpu') - before > 0.5 * block.nbytes
 
 
 def test_duration():

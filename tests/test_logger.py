@@ -1,11 +1,11 @@
-""" logger.py: log.jsonl over interruptions, wandb without a network. """
+""" logger.py: log.jsonl over interruptions, TensorBoard, wandb without a network, the picture. """
 import json
 import os
 import sys
 
 import pytest
 
-from logger import Logger, read_log
+from logger import Logger, draw_runs, read_log
 
 OFF = {'wandb_log': False, 'tensorboard_log': False}
 
@@ -33,6 +33,91 @@ def test_a_full_disk_does_not_stop_the_run(here, capsys):
     log.log({'iter': 0, 'loss': 1.0})
     log.close()
     assert 'warning: a record is missing in log.jsonl' in capsys.readouterr().out
+
+
+def test_the_first_line_says_where_the_numbers_come_from(here):
+    for iter_num, source in ((0, {'command': 'train.py'}), (2, {'command': 'train.py --init_from=resume'})):
+        log = Logger('out', iter_num, OFF, source=source)
+        log.log({'iter': iter_num, 'loss': 1.0})
+        log.log({'iter': iter_num + 1, 'loss': 1.0})
+        log.close()
+    Logger('out', 1, OFF).close()   # what came after iteration 1 is dropped, the line about it too
+    assert read_log('out/log.jsonl') == [{'iter': 0, 'command': 'train.py'}, {'iter': 0, 'loss': 1.0}]
+
+
+def test_other_processes_write_nothing(here, monkeypatch):
+    monkeypatch.setenv('RANK', '1')
+    log = Logger('out', 0, {**OFF, 'wandb_log': True, 'tensorboard_log': True}, 'id', {'command': 'x'})
+    log.log({'iter': 0, 'loss': 1.0})
+    log.close()
+    assert os.listdir() == [] and log.wandb_id == 'id'
+
+
+BOARD = {'wandb_log': False, 'tensorboard_log': True}
+
+
+def curves(folder='out/tensorboard'):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    board = EventAccumulator(folder)
+    board.Reload()
+    return {name: [(event.step, event.value) for event in board.Scalars(name)] for name in board.Tags()['scalars']}
+
+
+def test_tensorboard_over_a_resume(here):
+    """ the curves have each iteration once, also those that the interrupted run had logged and the next one repeats """
+    for first, last, value in ((0, 4, 1.0), (2, 6, 2.0)):
+        log = Logger('out', first, BOARD)
+        for i in range(first, last):
+            log.log({'iter': i, 'loss': value, 'mfu': None, 'lr': 0.5})
+            if i % 2 and i < 5:
+                log.log({'iter': i + 1, 'val_loss': value})
+        log.close()
+    steps = curves()
+    assert steps['loss'] == [(0, 1.0), (1, 1.0), (2, 2.0), (3, 2.0), (4, 2.0), (5, 2.0)]
+    assert steps['val/loss'] == [(2, 1.0), (4, 2.0)] and set(steps) == {'loss', 'lr', 'val/loss'}
+
+
+def test_without_tensorboard_there_is_one_line(here, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)
+    log = Logger('out', 0, BOARD)
+    log.log({'iter': 0, 'loss': 1.0})
+    log.close()
+    assert capsys.readouterr().out.count('warning: no TensorBoard') == 1 and len(read_log('out/log.jsonl')) == 1
+
+
+# ---- the picture
+
+def runs(*names):
+    for number, name in enumerate(names):
+        log = Logger(name, 0, OFF, source={'command': 'train.py'})
+        for i in range(50):
+            if i % 10 == 0:
+                log.log({'iter': i, 'train_loss': 4 - i / 20, 'val_loss': 4.1 - i / 20 + number / 2})
+            log.log({'iter': i, 'loss': 4 - i / 20 if i != 7 else float('nan'), 'lr': 1e-3 * min(i, 10)})
+        log.close()
+
+
+def test_the_picture_shows_all_runs(here, monkeypatch):
+    from matplotlib.figure import Figure
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, 'savefig', lambda self, *a, **k: (drawn.append(self), save(self, *a, **k)))
+    runs('a', 'b')
+    draw_runs(['a', 'b'], 'loss.png')
+    assert open('loss.png', 'rb').read(8) == b'\x89PNG\r\n\x1a\n'
+    losses, rates = drawn[0].axes
+    assert [text.get_text() for text in losses.get_legend().get_texts()] == [
+        'a, training', 'a, validation', 'b, training', 'b, validation']
+    assert [len(line.get_xdata()) for line in losses.lines] == [49, 5, 49, 5] and len(rates.lines) == 2
+    assert list(losses.lines[3].get_ydata()) == [4.6 - i / 20 for i in range(0, 50, 10)]
+
+
+def test_no_picture_does_no_harm(here, capsys, monkeypatch):
+    draw_runs(['nowhere'], 'loss.png')
+    assert 'warning: loss.png was not drawn' in capsys.readouterr().out
+    runs('a')
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+    draw_runs(['a'], 'loss.png')
+    assert capsys.readouterr().out == '' and not os.path.exists('loss.png')
 
 
 WANDB = {'wandb_log': True, 'tensorboard_log': False,

@@ -282,3 +282,22 @@ def test_autocast_is_near_float32(dtype):
     with torch.autocast('cpu', dtype):
         loss = model(x, x)[1]
     assert loss.dtype == torch.float32 and abs(loss - model(x, x)[1]) < 0.02
+
+
+def test_recomputed_activations_give_the_same_gradients_and_take_less_memory():
+    """ with dropout, whose masks must be those of the first time """
+    gradients, kept = [], []
+    for grad_checkpoint in (False, True):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(block_size=16, vocab_size=20, n_layer=3, n_head=2, n_embd=16, dropout=0.3))
+        model.grad_checkpoint, sizes = grad_checkpoint, []
+        x = torch.randint(20, (4, 16))
+        keep = lambda tensor, sizes=sizes: (sizes.append(tensor.nbytes), tensor)[1]   # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(x, x)[1]
+        kept.append(sum(sizes))
+        loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+        assert torch.equal(model.eval()(x)[0], model(x)[0])
+    assert all(torch.equal(one, two) for one, two in zip(*gradients, strict=True))
+    assert kept[1] < kept[0] / 3

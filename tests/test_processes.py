@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from conftest import ROOT, TINY, equal, records, tensors
 
 from checkpoint import load
@@ -223,7 +222,7 @@ def torchrun(*arguments, **options):
 
 
 def test_the_readmes_command(here):
-    """ torchrun --standalone --nproc_per_node=2 train.py config/train_shakespeare_char_cpu.py, three iterations of it """
+    """ on a laptop: three iterations of the small configuration in two processes """
     command = torchrun(os.path.join(ROOT, 'train.py'), 'config/train_shakespeare_char_cpu.py', '--max_iters=3',
                        '--out_dir=out', '--eval_iters=2')
     text = command.communicate()[0]

@@ -73,7 +73,8 @@ def test_our_config_files_have_nanogpts_values(here, configured, name):
 
 def test_the_cpu_config(here, configured):
     config, large = (configured('train.py', f'config/train_shakespeare_char{name}.py') for name in ('_cpu', ''))
-    smaller = dict(device='cpu', compile=False, eval_iters=20, block_size=64, batch_size=12, n_layer=4, n_head=4,
+    smaller = dict(device='cpu', dtype='float32', compile=False, eval_iters=20, block_size=64, batch_size=12,
+                   n_layer=4, n_head=4,
                    n_embd=128, max_iters=2000, lr_decay_iters=2000, dropout=0.0, wandb_run_name='mini-gpt-cpu')
     assert config == {**large, **smaller}
 
@@ -107,6 +108,7 @@ def readme_commands():
     text = open(os.path.join(ROOT, 'README.md'), encoding='utf-8').read()
     blocks = re.findall(r'^(?:    .*\n)+', text, re.M) + re.findall(r'```.*?\n(.*?)```', text, re.S)
     lines = [line.strip().removeprefix('$ ') for block in blocks for line in block.splitlines()]
+    lines = [re.sub(r'^torchrun( --\S+)* (?=\S+\.py)', 'python ', line) for line in lines]
     return [line for line in lines if re.match(r'python \S+\.py|make ', line)]
 
 

@@ -423,7 +423,7 @@ def test_weights_alone_start_a_fresh_run_on_other_data(tiny, script, fails, path
     write_dataset('data/other', CharTokenizer('\nhgfedcba'), {'train': tokens, 'val': tokens})
     line = fails('train.py', *TINY, '--dataset=other', f'--init_from={path}')[1]
     assert "tokenizer was" in line and 'abcdefgh' in line and 'hgfedcba' in line   # both values
-    assert 'nowhere' in fails('train.py', *TINY, '--init_from=ckpt:nowhere')[1]
+    assert 'nowhere' in fails('train.py', *TINY, '--dataset=other', '--init_from=ckpt:nowhere')[1]
 
 
 def test_checkpoints_between_evaluations(tiny, script, monkeypatch):
@@ -452,6 +452,25 @@ def test_provenance(tiny, script):
     assert (first['device'], first['dtype'], first['processes']) == ('cpu', 'torch.float32', 1)
     saved = load('out/ckpt.pt')
     assert all(saved[key] == second[key] for key in ('config', 'command', 'versions', 'commit', 'tokenizer', 'sha256'))
+
+
+def test_mfu_and_eta(tiny, script, capsys, monkeypatch):
+    """ on a device whose peak is known: MFU follows from the time that is logged, eta from what is left """
+    import common
+    monkeypatch.setattr(common, 'peak_flops', lambda name, dtype: 1e9)
+    model = script('train.py', *TINY, '--max_iters=3')['raw_model']
+    for record in records('loss'):
+        flops = model.flops_per_token() * 2 * 4 * 8   # 2 micro-steps of 4 x 8 tokens
+        assert record['mfu'] == pytest.approx(flops / record['time'] / 1e9)
+        assert record['tokens_per_second'] == pytest.approx(64 / record['time'])
+    assert f"mfu {records('loss')[0]['mfu']:.1%}, eta " in capsys.readouterr().out
+    monkeypatch.setattr(common, 'duration', lambda seconds: f'{seconds:.6f}')
+    script('train.py', *TINY, '--max_iters=1000', '--out_dir=eta', '--log_interval=100', '--eval_interval=100000',
+           '--eval_iters=1', '--batch_size=1')
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith('iter 900:'))
+    left = 99 * next(r['time'] for r in records('loss', 'eta/log.jsonl') if r['iter'] == 900)
+    evaluation = float(line.split('eta ')[1]) - left   # one more, at the end
+    assert 0 < evaluation < 0.5
 
 
 def test_a_record_has_every_number(tiny, script):
