@@ -27,10 +27,10 @@ class Logger:
     """ log(record) appends one record, on rank 0; logging never stops a run """
 
     def __init__(self, out_dir: str, iter_num: int, config: dict, wandb_id: str = '',
-                 source: dict | None = None):
+                 source: dict | None = None, evaluated: bool = True):
         """ out_dir: made if missing; iter_num: records from here on, left by a run that is resumed, are dropped
 
-        source: where the numbers that follow come from, plain values.
+        source: where the numbers that follow come from, plain values; evaluated: iter_num's evaluation is not repeated.
         """
         self.wandb_id, self._file, self._dashboards = wandb_id, None, {}
         if not is_rank_0():
@@ -38,7 +38,8 @@ class Logger:
         os.makedirs(out_dir, exist_ok=True)
         path, kept = os.path.join(out_dir, 'log.jsonl'), []
         if os.path.exists(path):
-            kept = [r for r in read_log(path) if r['iter'] < iter_num or r['iter'] == iter_num and 'loss' not in r]
+            again = {'loss'} if evaluated else {'loss', 'val_loss'}
+            kept = [r for r in read_log(path) if r['iter'] < iter_num or r['iter'] == iter_num and not again & r.keys()]
             with atomic_write(path) as file:
                 file.writelines(json.dumps(record).encode() + b'\n' for record in kept)
         self._file = open(path, 'a', encoding='utf-8')

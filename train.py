@@ -285,7 +285,7 @@ with one_line_errors():
     if not eval_only and not resumed and rank == 0:
         checkpoint.move_aside(out_dir)
     logger = None if eval_only else Logger(out_dir, iter_num, config, start.get('wandb_id', ''), {
-        **source, 'device': device_name(device), 'dtype': str(dtype), 'processes': world_size})
+        **source, 'device': device_name(device), 'dtype': str(dtype), 'processes': world_size}, eval_iter == iter_num)
 saver = checkpoint.Saver(out_dir, iter_num if resumed else -1, float(start.get('best_val_loss', math.inf)))
 del start                                       # its tensors are in use or not needed
 bad_steps, most_bad_steps = 0, 10               # updates skipped in a row, and how many end the run

@@ -35,6 +35,15 @@ def test_a_full_disk_does_not_stop_the_run(here, capsys):
     assert 'warning: a record is missing in log.jsonl' in capsys.readouterr().out
 
 
+def test_an_evaluation_that_the_checkpoint_does_not_know_is_repeated(here):
+    """ interrupted before an evaluation, resumed, killed between the evaluation and the next save """
+    for _ in range(2):
+        log = Logger('out', 2, OFF, evaluated=False)
+        log.log({'iter': 2, 'val_loss': 2.0})
+        log.close()
+    assert read_log('out/log.jsonl') == [{'iter': 2, 'val_loss': 2.0}]
+
+
 def test_the_first_line_says_where_the_numbers_come_from(here):
     for iter_num, source in ((0, {'command': 'train.py'}), (2, {'command': 'train.py --init_from=resume'})):
         log = Logger('out', iter_num, OFF, source=source)
