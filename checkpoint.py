@@ -83,20 +83,10 @@ def save(path: str, state: dict, previous: str = '') -> bool:
     return True
 
 
-def _to_host(tensor: Tensor, buffer: Tensor | None) -> Tensor:
-    """ the values of tensor in host memory, in buffer if there is one; only rank 0 needs them """
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
-    if not is_rank_0():
-        return tensor
-    if buffer is None:
-        buffer = torch.empty_like(whole, device='cpu', pin_memory=whole.is_cuda)
-    return buffer.copy_(whole, non_blocking=True)
-
-
 class Saver:
     """ copies a run's state to host memory and writes it in the background: training waits for the copy only
 
-    The memory of the copies is kept, because touching fresh memory takes longer than copying.
+    Rank 0 copies and writes. The memory of the copies is kept, because fresh memory takes longer than copying.
     """
 
     def __init__(self, out_dir: str, iter_num: int = -1, best_val_loss: float = math.inf):
@@ -110,20 +100,30 @@ class Saver:
             self._writing.result()
             self._writing = None
 
+    def _buffer(self, tensor: Tensor) -> Tensor:
+        """ the memory for the copy of a tensor; tied weights are one tensor """
+        key = id(tensor), tensor.shape, tensor.dtype
+        if key not in self._buffers:
+            self._buffers[key] = torch.zeros(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return self._buffers[key]
+
+    def reserve(self, state: dict) -> None:
+        """ make the memory for copies of state, in the background """
+        self.wait()
+        if is_rank_0():
+            self._writing = self._pool.submit(_map, self._buffer, state)
+
     def save(self, state: dict, best_val_loss: float | None = None) -> None:
         """ write state to ckpt.pt and, where it is the best so far, its weights to ckpt_best.pt before
 
-        All processes must call it, because sharded tensors are gathered from them; rank 0 writes.
+        All processes must call it, because sharded tensors are gathered from them.
         """
         self.wait()
-        copies = {}
 
         def copy(tensor):
-            key = id(tensor), tensor.shape, tensor.dtype   # tied weights are one tensor
-            if key not in copies:
-                copies[key] = _to_host(tensor, self._buffers.get(key))
-            return copies[key]
-        snapshot, self._buffers = _map(copy, state), copies
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+            return self._buffer(tensor).copy_(whole, non_blocking=True) if is_rank_0() else None
+        snapshot = _map(copy, state)
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()   # the copies were only started
         if is_rank_0():

@@ -127,6 +127,8 @@ peak = peak_flops(device_name(device), dtype)   # FLOP/s or None
 if device_type == 'cuda':
     torch.set_float32_matmul_precision('high')  # TF32 for what is left in float32
 torch.manual_seed(seed % 2**63)                 # any int will do
+generators = torch.default_generator if device_type == 'cpu' else torch.get_device_module(device_type)
+reseed = generators.manual_seed                 # dropout's alone: torch.manual_seed visits every device, 90 us
 signals = [signal.SIGINT, signal.SIGTERM]
 if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:   # nohup wants it ignored
     signals.append(signal.SIGHUP)
@@ -232,13 +234,11 @@ def evaluate(split):
     return ((losses * counts).sum() / counts.sum()).item(), (losses.std(correction=0) / length ** 0.5).item()
 
 
-def save(improved_to=None):
-    """ the state of the run into out_dir, and as the best one too if the validation loss improved to that """
-    saver.save({
-        'model': raw_model.state_dict(keep_vars=True), 'model_args': raw_model.config.model_args(),
-        'iter_num': iter_num, 'eval_iter': eval_iter, 'skipped': skipped, 'elapsed': elapsed,
-        'wandb_id': logger.wandb_id, **source, 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
-    }, improved_to)
+def run_state():
+    """ what a checkpoint holds, besides the best validation loss """
+    return {'model': raw_model.state_dict(keep_vars=True), 'model_args': raw_model.config.model_args(),
+            'iter_num': iter_num, 'eval_iter': eval_iter, 'skipped': skipped, 'elapsed': elapsed,
+            'wandb_id': logger.wandb_id, **source, 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict()}
 
 
 def forward_backward(model, iter_num, micro_step):
@@ -249,7 +249,7 @@ def forward_backward(model, iter_num, micro_step):
     """
     step = iter_num * gradient_accumulation_steps + (micro_step * world_size + rank) // parts
     x, y = to_device(splits['train'].batch(batch_size, block_size, seed, 'train', step)[rank % parts::parts])
-    torch.manual_seed(batch_seed(seed, f'dropout {rank % parts}', step))
+    reseed(batch_seed(seed, f'dropout {rank % parts}', step))
     with context:
         loss = model(x, y)[1] / micro_steps
     scaler.scale(loss).backward()
@@ -292,7 +292,8 @@ bad_steps, most_bad_steps = 0, 10               # updates skipped in a row, and 
 eval_time = 0.0                                 # of the latest evaluation
 save_due, saved_at = False, time.monotonic()
 stopped = 0                                     # the signal that ended the run
-logged_iter, logged_at = iter_num, time.perf_counter()   # the log line's time is measured from here
+first_iter = logged_iter = iter_num
+logged_at = time.perf_counter()                 # the log line's time is measured from here
 
 while True:
     # evaluate, and keep what is worth keeping
@@ -316,7 +317,7 @@ while True:
             saver.wait()                        # then best_val_loss is that of the file
             improved = gather(val_loss < saver.best_val_loss)[0][0]
         if save_due or improved or always_save_checkpoint:
-            save(val_loss if improved else None)
+            saver.save(run_state(), val_loss if improved else None)
             save_due, saved_at = False, time.monotonic()
         logged_at += time.perf_counter() - paused_at   # neither evaluating nor saving is training time
     if iter_num >= max_iters:
@@ -347,6 +348,8 @@ while True:
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     iter_num += 1
+    if iter_num == first_iter + 1:
+        saver.reserve(run_state())              # now that the optimizer has its moments
 
     # log; the loss is the mean over the micro-steps and processes, before the update
     if (iter_num - 1) % log_interval == 0 or not good:
@@ -373,7 +376,7 @@ while True:
 if logger:
     saver.wait()
     if not gather(saver.iter_num == iter_num)[0][0]:
-        save()
+        saver.save(run_state())
         saver.wait()
     saved = gather(saver.iter_num == iter_num)[0][0]   # the other processes wait here until rank 0 has written
     logger.close()
