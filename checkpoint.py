@@ -92,13 +92,12 @@ class Saver:
     def __init__(self, out_dir: str, iter_num: int = -1, best_val_loss: float = math.inf):
         self.out_dir = out_dir
         self.iter_num, self.best_val_loss = iter_num, best_val_loss   # of the files; known on rank 0, after wait()
-        self._pool, self._writing, self._buffers = ThreadPoolExecutor(1), None, {}
+        self._thread, self._jobs, self._buffers = ThreadPoolExecutor(1), [], {}
 
     def wait(self) -> None:
         """ until the latest save is on the disk or has failed; an exception that it did not expect is raised here """
-        if self._writing:
-            self._writing.result()
-            self._writing = None
+        while self._jobs:
+            self._jobs.pop(0).result()
 
     def _buffer(self, tensor: Tensor) -> Tensor:
         """ the memory for the copy of a tensor; tied weights are one tensor """
@@ -109,9 +108,8 @@ class Saver:
 
     def reserve(self, state: dict) -> None:
         """ make the memory for copies of state, in the background """
-        self.wait()
         if is_rank_0():
-            self._writing = self._pool.submit(_map, self._buffer, state)
+            self._jobs.append(self._thread.submit(_map, self._buffer, state))
 
     def save(self, state: dict, best_val_loss: float | None = None) -> None:
         """ write state to ckpt.pt and, where it is the best so far, its weights to ckpt_best.pt before
@@ -119,15 +117,17 @@ class Saver:
         All processes must call it, because sharded tensors are gathered from them.
         """
         self.wait()
+        devices = set()
 
         def copy(tensor):
+            devices.add(tensor.device.type)
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
             return self._buffer(tensor).copy_(whole, non_blocking=True) if is_rank_0() else None
         snapshot = _map(copy, state)
-        if torch.accelerator.is_available():
+        if devices - {'cpu'}:
             torch.accelerator.synchronize()   # the copies were only started
         if is_rank_0():
-            self._writing = self._pool.submit(self._write, snapshot, best_val_loss)
+            self._jobs.append(self._thread.submit(self._write, snapshot, best_val_loss))
 
     def _write(self, state: dict, best_val_loss: float | None) -> None:
         latest, previous, best = (os.path.join(self.out_dir, name) for name in (LATEST, PREVIOUS, BEST))

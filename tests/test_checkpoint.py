@@ -296,6 +296,18 @@ def test_training_goes_on_while_a_checkpoint_is_written(here, slow_disk):
     assert len({tensor.data_ptr() for tensor in tensors}) == len(tensors) - 1
 
 
+def test_memory_is_reserved_without_waiting_for_the_disk(here, slow_disk):
+    model, optimizer = trained()
+    saver = Saver('out')
+    saver.save({**state_of(model, optimizer), 'optimizer': {}})
+    saver.reserve(state_of(model, optimizer))
+    slow_disk.set()
+    saver.wait()
+    reserved = set(saver._buffers)
+    saver.save({'optimizer': optimizer.state_dict()})
+    assert set(saver._buffers) == reserved and len(reserved) > 30
+
+
 def test_memory_of_the_copies_is_used_again(here):
     model, optimizer = trained()
     saver, seen = Saver('out'), []
