@@ -10,7 +10,7 @@ demo: out-demo/trained   # a small GPT on Shakespeare, trained on the CPU in abo
 	$(PY) sample.py --out_dir=out-demo --device=cpu --num_samples=3 --max_new_tokens=300
 
 test: lint $(DATA)
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2
 
 lint: .venv/installed-dev
 	$(PY) -m ruff check
