@@ -74,6 +74,16 @@ def test_two_processes_are_one_with_twice_the_accumulation(tiny, processes, scri
         assert one['grad_norm'] == pytest.approx(two['grad_norm'], rel=1e-4)
 
 
+def test_the_parts_of_a_batch_have_their_own_dropout(tiny, processes):
+    """ two processes that share a batch would otherwise drop the same entries of different rows """
+    patch = "import dataset, os\nseed = dataset.batch_seed\n" \
+            "dataset.batch_seed = lambda *place: (open(f\"seeds-{os.environ['RANK']}\", 'a').write(f'{place}\\n'), " \
+            "seed(*place))[1]"
+    run(processes, 2, '--gradient_accumulation_steps=1', '--max_iters=3', patch=patch)
+    ours, theirs = ({line for line in open(f'seeds-{rank}') if 'dropout' in line} for rank in (0, 1))
+    assert len(ours) == len(theirs) == 3 and not ours & theirs
+
+
 def test_only_rank_0_prints_and_writes(tiny, processes, script, capsys):
     script('train.py', *TINY)
     printed = [line.split(':')[0] for line in capsys.readouterr().out.splitlines()]

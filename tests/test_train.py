@@ -95,6 +95,27 @@ def test_dropout_can_change_on_resume(tiny, script):
     assert load('out/ckpt.pt')['model_args']['dropout'] == 0.5
 
 
+def test_an_evaluation_that_was_not_saved_is_made_and_logged_once(tiny, script):
+    """ the checkpoint of an interruption before the evaluation, and a log that has it from a run that was killed """
+    script('train.py', *TINY, '--max_iters=4')
+    saved = load('out/ckpt.pt')
+    torch.save({**saved, 'eval_iter': 0}, 'out/ckpt.pt')
+    script('train.py', *TINY, '--max_iters=4', '--init_from=resume')
+    assert [record['iter'] for record in records('val_loss')] == [0, 4]
+
+
+def test_dropout_differs_from_step_to_step(tiny, script, monkeypatch):
+    """ the same batch and the same weights again and again, and no two losses are equal """
+    import dataset
+    batch = dataset.Split.batch
+    monkeypatch.setattr(dataset.Split, 'batch', lambda self, b, t, seed, stream, step: batch(self, b, t, 0, '', 0))
+    options = ['--learning_rate=0', '--min_lr=0', '--weight_decay=0', '--gradient_accumulation_steps=1']
+    script('train.py', *TINY, *options, '--dropout=0.5')
+    assert len({record['loss'] for record in records('loss')}) == 6
+    script('train.py', *TINY, *options)
+    assert len({record['loss'] for record in records('loss')}) == 1
+
+
 def test_evaluation_does_not_change_training(tiny, script):
     script('train.py', *TINY, '--dropout=0.3', '--out_dir=a')
     script('train.py', *TINY, '--dropout=0.3', '--out_dir=b', '--eval_interval=1', '--eval_iters=5')
@@ -173,7 +194,12 @@ def test_a_warm_up_that_never_ends_is_pointed_out(tiny, script, capsys):
     assert 'warning: warmup_iters=200 is not below lr_decay_iters=100' in capsys.readouterr().out
 
 
-def test_the_best_is_kept_when_the_latest_gets_worse(tiny, script):
+@pytest.mark.parametrize('seconds', [0, 0.2])
+def test_the_best_is_kept_when_the_latest_gets_worse(tiny, script, monkeypatch, seconds):
+    """ also on a disk so slow that the next evaluation is done before the best is written """
+    import checkpoint
+    save = checkpoint.save
+    monkeypatch.setattr(checkpoint, 'save', lambda *arguments: (time.sleep(seconds), save(*arguments))[1])
     script('train.py', *TINY, '--learning_rate=0.5', '--min_lr=0.5', '--max_iters=8', '--eval_interval=2')
     losses = {r['iter']: r['val_loss'] for r in records('val_loss')}
     best = min(losses, key=losses.get)
