@@ -202,7 +202,7 @@ def starting_point(init_from: str, out_dir: str) -> dict:
     """
     if init_from.startswith('ckpt:'):
         path = init_from.removeprefix('ckpt:')
-        trained = load(find(path, 'best') if os.path.isdir(path) else path)
+        trained = load(path if os.path.isfile(path) else find(path, 'best'))
         return {key: trained[key] for key in (*PARTS, 'tokenizer') if key in trained}
     state, paths = {}, [os.path.join(out_dir, name) for name in (LATEST, PREVIOUS)]
     for path in filter(os.path.exists, paths if init_from in ('resume', 'auto') else ()):
