@@ -4,20 +4,16 @@ out_dir/ckpt.pt is the latest state, ckpt_prev.pt the one before, ckpt_best.pt t
 loss. The keys are nanoGPT's (model, optimizer, model_args, iter_num, best_val_loss, config) and some more beside them.
 """
 import contextlib
+import errno
 import math
 import os
 import pickle
-import platform
-import shlex
 import shutil
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -31,17 +27,6 @@ PARTS = ('model', 'model_args')   # what makes a file a checkpoint
 
 # ---- saving
 
-def provenance(config: dict, meta: dict) -> dict:
-    """ what a run's numbers come from: configuration, command line, versions, git commit ('' outside git), data """
-    commit, here = '', os.path.dirname(os.path.abspath(__file__))
-    git = ['git', '-C', here, 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*']
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
-    versions = {'python': platform.python_version(), 'torch': str(torch.__version__), 'numpy': np.__version__}
-    return {'config': config, 'command': shlex.join(sys.argv), 'versions': versions, 'commit': commit,
-            'tokenizer': meta['tokenizer'], 'tokens': meta['tokens'], 'sha256': meta['sha256']}
-
-
 def _map(function: Callable, state):
     """ nested dicts, lists and tuples with function applied to every tensor """
     if isinstance(state, dict):
@@ -52,13 +37,16 @@ def _map(function: Callable, state):
 
 
 def _check_room(path: str, size: int) -> None:
-    """ OSError unless size bytes fit beside path; an older checkpoint of the same folder gives way first """
+    """ OSError unless size bytes fit beside path; the checkpoint before the latest gives way if that is enough """
     folder = os.path.dirname(os.path.abspath(path))
-    for name in (f'{path}.tmp', os.path.join(folder, PREVIOUS)):   # a killed process leaves the first
-        if shutil.disk_usage(folder).free < size:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(name)
-    if (free := shutil.disk_usage(folder).free) < size:
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(f'{path}.tmp')   # of a process that was killed
+    previous, free = os.path.join(folder, PREVIOUS), shutil.disk_usage(folder).free
+    if free < size and os.path.exists(previous) and os.path.exists(os.path.join(folder, LATEST)):
+        if free + os.path.getsize(previous) >= size:
+            os.remove(previous)
+            free = shutil.disk_usage(folder).free
+    if free < size:
         raise OSError(f"{size / 1e6:,.0f} MB to write and {free / 1e6:,.0f} MB free")
 
 
@@ -77,7 +65,7 @@ def save(path: str, state: dict, previous: str = '') -> bool:
         _check_room(path, sum(tensor.nbytes for tensor in tensors.values()))
         with atomic_write(path, previous) as file:
             torch.save(state, file)
-    except (OSError, RuntimeError) as error:   # torch reports a failed write as either
+    except (OSError, RuntimeError, MemoryError) as error:   # torch reports a failed write as either
         print0(f"warning: {path} was not saved ({first_line(error)}); what stood there before still does")
         return False
     return True
@@ -103,7 +91,10 @@ class Saver:
         """ the memory for the copy of a tensor; tied weights are one tensor """
         key = id(tensor), tensor.shape, tensor.dtype
         if key not in self._buffers:
-            self._buffers[key] = torch.zeros(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._buffers[key] = torch.zeros(tensor.shape, dtype=tensor.dtype)
+            if tensor.is_cuda:
+                with contextlib.suppress(RuntimeError):   # only so much memory may be pinned, which is faster
+                    self._buffers[key] = self._buffers[key].pin_memory()
         return self._buffers[key]
 
     def reserve(self, state: dict) -> None:
@@ -121,9 +112,10 @@ class Saver:
 
         def copy(tensor):
             devices.add(tensor.device.type)
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             return self._buffer(tensor).copy_(whole, non_blocking=True) if is_rank_0() else None
-        snapshot = _map(copy, state)
+        with torch.no_grad():
+            snapshot = _map(copy, state)
         if devices - {'cpu'}:
             torch.accelerator.synchronize()   # the copies were only started
         if is_rank_0():
@@ -176,6 +168,8 @@ def _read(path: str) -> dict:
     except pickle.UnpicklingError:
         raise ValueError(f"{path} holds more than tensors and plain values; loading it could run code") from None
     except Exception as error:   # a flipped bit in the zip's own tables can surface as any exception
+        if isinstance(error, OSError | MemoryError) and getattr(error, 'errno', 0) not in (None, errno.EINVAL):
+            fail(f"{path} cannot be read ({first_line(error)})")   # not the file's fault: no reason to start over
         raise ValueError(f"{path} is damaged or not a checkpoint ({first_line(error)})") from None
     if damaged:
         raise ValueError(f"{path} is damaged at {damaged}")
@@ -211,13 +205,17 @@ def starting_point(init_from: str, out_dir: str) -> dict:
             break
         except ValueError as error:
             print0(f"warning: {error}")
-    if state and path == paths[1]:
-        print0(f"warning: going on from the checkpoint before, {path} at iteration {state.get('iter_num')}")
     if init_from == 'resume' and not state:
         fail(f"{find(out_dir)} is of no use; --init_from=auto would start over and keep it aside")
     found = gather(state.get('iter_num', -1))[0]
     if min(found) < max(found):
         fail(f"the processes found checkpoints of iterations {found}; '{out_dir}' must be on a disk that they share")
+    if state and path == paths[1]:
+        print0(f"warning: going on from the checkpoint before, {path} at iteration {state.get('iter_num')}")
+        if is_rank_0():   # all have read it; a later save must not put the damaged one in its place
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(paths[0], f'{paths[0]}.damaged')
+            os.replace(path, paths[0])
     return state
 
 
@@ -258,7 +256,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
                    for i, p in zip(numbers, parameters, strict=True) if i in state['state']}
         optimizer.load_state_dict({'state': moments, 'param_groups': groups})
     except (ValueError, KeyError) as error:
-        fail(f"the checkpoint's optimizer state does not fit this model ({error}); "
+        fail(f"the checkpoint has no optimizer state that fits this model ({error}); "
              "--init_from=ckpt:PATH takes its weights alone")
 
 

@@ -12,14 +12,14 @@ from common import atomic_write, first_line, is_rank_0, print0
 
 
 def read_log(path: str) -> list[dict]:
-    """ the records of a log.jsonl; a last line that was cut off by a crash is left out """
+    """ the records of a log.jsonl; a line that is none, such as a last one that a crash cut off, is left out """
     records = []
-    with open(path, encoding='utf-8') as file:
+    with open(path, encoding='utf-8', errors='replace') as file:
         for line in file:
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                break
+            with contextlib.suppress(ValueError):
+                record = json.loads(line)
+                if isinstance(record, dict) and isinstance(record.get('iter'), int):
+                    records.append(record)
     return records
 
 
@@ -84,10 +84,9 @@ class Logger:
 
 
 def _named(record: dict) -> dict:
-    """ a record as nanoGPT's dashboards know it """
+    """ a record as nanoGPT's dashboards know it, MFU in percent """
     names = {'train_loss': 'train/loss', 'val_loss': 'val/loss'}
-    percent = {'mfu': 100 * record['mfu']} if record.get('mfu') else {}
-    return {names.get(key, key): value for key, value in {**record, **percent}.items() if value is not None}
+    return {names.get(k, k): 100 * value if k == 'mfu' else value for k, value in record.items() if value is not None}
 
 
 def _start_wandb(config: dict, wandb_id: str):
@@ -97,6 +96,8 @@ def _start_wandb(config: dict, wandb_id: str):
         options = dict(project=config['wandb_project'], name=config['wandb_run_name'], config=config,
                        dir=config['out_dir'], id=wandb_id or None, resume='allow')
         try:
+            if not (os.environ.get('WANDB_MODE') or wandb.login(prompt=False)):   # init would ask, and wait
+                raise wandb.errors.UsageError("not logged in")
             return wandb.init(**options)
         except wandb.errors.Error as error:
             print0(f"warning: wandb runs offline ({first_line(error)}); upload later with: wandb sync")
@@ -130,10 +131,7 @@ def _start_tensorboard(out_dir: str, iter_num: int) -> _TensorBoard | None:
 
 
 def draw_runs(out_dirs: list[str], path: str) -> None:
-    """ a PNG at path with the losses (nats per token) and learning rates of the runs in out_dirs
-
-    Nothing is drawn where matplotlib is not installed; what else goes wrong is one warning line.
-    """
+    """ a PNG at path with the losses and learning rates of the runs in out_dirs, if matplotlib is installed """
     try:
         from matplotlib.figure import Figure
     except ImportError:

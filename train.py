@@ -10,7 +10,10 @@ import contextlib
 import itertools
 import math
 import os
+import platform
+import shlex
 import signal
+import subprocess
 import sys
 import time
 
@@ -65,6 +68,7 @@ dtype = 'auto'                        # bfloat16, float16, float32
 compile = True                        # torch.compile: minutes at the start, then faster iterations
 config = configure(globals())
 
+import numpy as np
 import torch
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -114,10 +118,10 @@ def can_share(steps):
 
 
 if not can_share(gradient_accumulation_steps):
-    nearest = [next(filter(can_share, steps), None) for steps in (
-        range(gradient_accumulation_steps, 0, -1), itertools.count(gradient_accumulation_steps))]
+    below = [steps for steps in range(1, gradient_accumulation_steps) if can_share(steps)][-1:]
+    above = next(filter(can_share, itertools.count(gradient_accumulation_steps)))
     fail(f"--gradient_accumulation_steps={gradient_accumulation_steps} of batch_size={batch_size} cannot be shared "
-         f"equally by {world_size} processes, {' and '.join(str(steps) for steps in nearest if steps)} can")
+         f"equally by {world_size} processes, {' and '.join(map(str, [*below, above]))} can")
 micro_steps = max(gradient_accumulation_steps // world_size, 1)   # of this process
 parts = max(world_size // gradient_accumulation_steps, 1)         # of a batch, each for another process
 device_type = torch.device(device).type
@@ -132,14 +136,22 @@ reseed = generators.manual_seed                 # dropout's alone: torch.manual_
 signals = [signal.SIGINT, signal.SIGTERM]
 if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:   # nohup wants it ignored
     signals.append(signal.SIGHUP)
-received = [0]                                  # the last is the signal that asks to stop, 0: none yet
+received, received_at = 0, 0.0                  # the first signal that asked to stop, 0: none yet
 
 
 def on_signal(number, frame):
-    """ the first one ends the run after this step, a second one ends it at once """
-    received.append(number)
-    for each in signals:
+    """ the first one ends the run after this step, a second one ends it at once
+
+    Several processes may each get one from the scheduler and the same one from torchrun: within 2 seconds that is one.
+    """
+    global received, received_at
+    if received and world_size > 1 and time.monotonic() - received_at < 2:
+        return
+    for each in signals if received or world_size == 1 else ():
         signal.signal(each, signal.SIG_DFL)
+    if received:
+        os.kill(os.getpid(), number)
+    received, received_at = number, time.monotonic()
     line = f"{signal.Signals(number).name}: finishing this step, then saving; once more stops at once\n"
     with contextlib.suppress(OSError):          # the terminal has gone
         os.write(2, line.encode() * (rank == 0))   # not print: the signal may have come in the middle of one
@@ -209,7 +221,7 @@ def get_lr(it):
 
 def stop_signal():
     """ the signal that any process received, the same answer on all of them; 0 if none """
-    return int(max(gather(received[-1])[0]))
+    return int(max(gather(received)[0]))
 
 
 @torch.no_grad()
@@ -279,8 +291,19 @@ def synchronize_gradients(on):
         raw_model.set_requires_gradient_sync(on)
 
 
+if isinstance(model, DistributedDataParallel):
+    for _ in range(2):   # then its buckets, and the order of their sums, are those of a run that was not interrupted
+        forward_backward(model, 0, 0)
+    optimizer.zero_grad(set_to_none=True)
+
 # ---- loop
-source = checkpoint.provenance(config, meta)
+commit, here = '', os.path.dirname(__file__) or '.'
+with contextlib.suppress(OSError, subprocess.TimeoutExpired):   # no git, no commit
+    git = ['git', '-C', here, 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*']
+    commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
+versions = {'python': platform.python_version(), 'torch': str(torch.__version__), 'numpy': np.__version__}
+source = {'config': config, 'command': shlex.join(sys.argv), 'versions': versions, 'commit': commit,
+          'tokenizer': meta['tokenizer'], 'tokens': meta['tokens'], 'sha256': meta['sha256']}
 with one_line_errors():
     if not eval_only and not resumed and rank == 0:
         checkpoint.move_aside(out_dir)
@@ -289,9 +312,8 @@ with one_line_errors():
 saver = checkpoint.Saver(out_dir, iter_num if resumed else -1, float(start.get('best_val_loss', math.inf)))
 del start                                       # its tensors are in use or not needed
 bad_steps, most_bad_steps = 0, 10               # updates skipped in a row, and how many end the run
-eval_time = 0.0                                 # of the latest evaluation
+eval_time, stopped = 0.0, 0                     # of the latest evaluation; the signal that ended the run
 save_due, saved_at = False, time.monotonic()
-stopped = 0                                     # the signal that ended the run
 first_iter = logged_iter = iter_num
 logged_at = time.perf_counter()                 # the log line's time is measured from here
 
@@ -336,7 +358,7 @@ while True:
     norm = (norm.full_tensor() if parallel == 'fsdp' and world_size > 1 else norm).item()
     # what all processes have to agree on
     save_due = save_interval > 0 and time.monotonic() - saved_at >= save_interval
-    losses, stop_signals, due = gather(loss.item(), received[-1], save_due)
+    losses, stop_signals, due = gather(loss.item(), received, save_due)
     loss, stopped, save_due = sum(losses) / world_size, int(max(stop_signals)), due[0]
     good = math.isfinite(loss) and math.isfinite(norm)
     if good:
@@ -382,12 +404,16 @@ if logger:
     logger.close()
     if not saved and bad_steps < most_bad_steps:
         fail(f"the state at iteration {iter_num} is lost, the checkpoint in {out_dir} is an earlier one")
-    print0(f"saved {os.path.join(out_dir, checkpoint.LATEST)} at iteration {saver.iter_num}; "
-           f"best validation loss {saver.best_val_loss:.4f} in {os.path.join(out_dir, checkpoint.BEST)}\n"
-           f"sample from it: python sample.py --out_dir={out_dir}")
+    if saved:
+        best = f"best validation loss {saver.best_val_loss:.4f} in {os.path.join(out_dir, checkpoint.BEST)}"
+        print0(f"saved {os.path.join(out_dir, checkpoint.LATEST)} at iteration {saver.iter_num}; "
+               f"{best if saver.best_val_loss < math.inf else 'nothing was evaluated'}\n"
+               f"sample from it: python sample.py --out_dir={out_dir}")
     if rank == 0:
         draw_runs([out_dir], os.path.join(out_dir, 'loss.png'))
 if world_size > 1:
+    gather(0)                                   # leave together: torchrun stops the others when one has gone
+    del model, eval_model, raw_model, optimizer   # they hold the process group, whose threads must end first
     torch.distributed.destroy_process_group()
 if bad_steps == most_bad_steps:
     sys.exit(3)

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from dataclasses import dataclass
 
 import pytest
 import torch
 from conftest import ROOT
 
-from checkpoint import Saver, build_model, find, load, load_optimizer, move_aside, save
+from checkpoint import Saver, build_model, find, load, load_optimizer, move_aside, save, starting_point
 from model import GPT, GPTConfig
 
 SMALL = dict(block_size=8, vocab_size=20, n_layer=1, n_head=2, n_embd=16)
@@ -250,6 +251,30 @@ def test_an_older_checkpoint_gives_way_to_a_newer_one(here, capsys, monkeypatch)
     assert save('ckpt.pt', {**state, 'iter_num': 4}, 'ckpt_prev.pt')
     assert load('ckpt.pt')['iter_num'] == 4 and load('ckpt_prev.pt')['iter_num'] == 3
     assert sorted(os.listdir()) == ['ckpt.pt', 'ckpt_prev.pt'] and capsys.readouterr().out == ''
+
+
+def test_the_only_good_checkpoint_never_gives_way(here, capsys, monkeypatch):
+    """ not where removing it would not be enough, and not where there is no later one """
+    state = state_of(*trained())
+    save('ckpt_prev.pt', state)
+    size = sum(tensor.nbytes for tensor in [*state['model'].values(), *(
+        value for moments in state['optimizer']['state'].values() for value in moments.values())])
+    monkeypatch.setattr('shutil.disk_usage', lambda _: type('Usage', (), {'free': size // 2}))
+    assert not save('ckpt.pt', state, 'ckpt_prev.pt') and os.listdir() == ['ckpt_prev.pt']
+    open('ckpt.pt', 'w').close()
+    monkeypatch.setattr('shutil.disk_usage', lambda _: type('Usage', (), {'free': -2 * size}))
+    assert not save('ckpt.pt', state, 'ckpt_prev.pt') and os.path.exists('ckpt_prev.pt')
+
+
+def test_what_cannot_be_read_now_is_not_called_damaged(here, monkeypatch):
+    """ else an unattended run would start over because a disk had a bad moment """
+    os.makedirs('out')
+    save('out/ckpt.pt', state_of(*trained()))
+    for error in (PermissionError(13, 'Permission denied'), OSError(5, 'Input/output error'), MemoryError()):
+        def raises(path, error=error):
+            raise error
+        monkeypatch.setattr(zipfile, 'ZipFile', raises)
+        assert 'ckpt.pt cannot be read' in refusal(starting_point, 'auto', 'out')
 
 
 def test_the_one_before_is_kept(here):

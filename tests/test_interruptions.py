@@ -100,9 +100,21 @@ def test_a_second_signal_stops_at_once(tiny, processes, world_size):
     started.wait_for('step 0:')
     started.kill(signal.SIGTERM)
     started.wait_for('SIGTERM: finishing this step, then saving')
+    time.sleep(0 if world_size == 1 else 2.1)
     start = time.perf_counter()
     started.kill(signal.SIGINT)
     assert started.wait() == [-signal.SIGINT] * world_size and time.perf_counter() - start < 5
+
+
+def test_a_signal_that_torchrun_repeats_is_one(tiny, processes):
+    """ a scheduler signals the whole group, and torchrun passes on what it got """
+    started = processes(2, 'train.py', *LONG, patch=SLOW.replace('DELAY', '0.05'))
+    started.wait_for('iter 3:')
+    for _ in range(3):
+        started.kill(signal.SIGTERM)
+        time.sleep(0.02)
+    assert started.wait() == [143, 143], started.text()
+    assert load('out/ckpt.pt')['iter_num'] == records('loss')[-1]['iter'] + 1 >= 4
 
 
 def test_nohup_is_respected(tiny, processes):

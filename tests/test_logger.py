@@ -1,9 +1,12 @@
 """ logger.py: log.jsonl over interruptions, TensorBoard, wandb without a network, the picture. """
 import json
 import os
+import pty
+import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 
 from logger import Logger, draw_runs, read_log
 
@@ -33,6 +36,18 @@ def test_a_full_disk_does_not_stop_the_run(here, capsys):
     log.log({'iter': 0, 'loss': 1.0})
     log.close()
     assert 'warning: a record is missing in log.jsonl' in capsys.readouterr().out
+
+
+def test_a_spoiled_line_costs_itself_alone(here):
+    log = Logger('out', 0, OFF)
+    for i in range(5):
+        log.log({'iter': i, 'loss': 1.0})
+    log.close()
+    lines = open('out/log.jsonl', 'rb').readlines()
+    spoiled = [lines[0], b'{"it\xffer": 1}\n', lines[2], b'[1]\n', b'{"loss": 2}\n', lines[3]]
+    open('out/log.jsonl', 'wb').writelines(spoiled)
+    Logger('out', 9, OFF).close()
+    assert [record['iter'] for record in read_log('out/log.jsonl')] == [0, 2, 3]
 
 
 def test_an_evaluation_that_the_checkpoint_does_not_know_is_repeated(here):
@@ -148,6 +163,22 @@ def test_wandb_without_login_runs_offline_and_keeps_its_id(here, capsys, monkeyp
     again = Logger('out', 1, WANDB, log.wandb_id)
     again.close()
     assert again.wandb_id == log.wandb_id and len(read_log('out/log.jsonl')) == 1
+
+
+@pytest.mark.slow
+def test_wandb_does_not_ask_on_a_terminal(here, monkeypatch):
+    """ a pty, no key: one warning, no question that waits for an answer """
+    code = "from logger import Logger; Logger('out', 0, dict(wandb_log=True, tensorboard_log=False, wandb_project='p', " \
+           "wandb_run_name='n', out_dir='out')).close(); print('done')"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith('WANDB')}
+    ours, theirs = pty.openpty()
+    environment.update(HOME=str(here), NETRC=str(here / 'netrc'), PYTHONPATH=ROOT)
+    process = subprocess.Popen([sys.executable, '-c', code], stdin=theirs, stdout=subprocess.PIPE, stderr=theirs,
+                               text=True, env=environment)
+    out = process.communicate(timeout=60)[0]
+    assert 'wandb runs offline (not logged in)' in out and out.endswith('done\n')
+    os.close(ours)
+    os.close(theirs)
 
 
 def test_wandb_that_is_missing_or_breaks_does_not_stop_anything(here, capsys, monkeypatch):

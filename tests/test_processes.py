@@ -49,8 +49,9 @@ def test_the_global_batch_is_the_same_for_any_number_of_processes(tiny, processe
     seen, losses = {}, {}
     for world_size in (1, 2, 3, 4, 6):
         run(processes, world_size, *batches, '--max_iters=2', f'--out_dir={world_size}', patch=LOG_BATCHES)
-        rows = [[row for line in open(f'batches-{world_size}-{rank}') for row in json.loads(line)]
-                for rank in range(world_size)]
+        warm_up = 2 * (world_size > 1)   # batches to begin with, which settle DDP's order of adding
+        logs = [open(f'batches-{world_size}-{rank}').readlines()[warm_up:] for rank in range(world_size)]
+        rows = [[row for line in lines for row in json.loads(line)] for lines in logs]
         assert [len(part) for part in rows] == [2 * 24 // world_size if 'steps=12' in batches[0] else
                                                 2 * 12 // world_size] * world_size   # equal work
         half = len(rows[0]) // 2   # a process sees its rows of the first iteration, then those of the second
@@ -82,6 +83,17 @@ def test_the_parts_of_a_batch_have_their_own_dropout(tiny, processes):
     run(processes, 2, '--gradient_accumulation_steps=1', '--max_iters=3', patch=patch)
     ours, theirs = ({line for line in open(f'seeds-{rank}') if 'dropout' in line} for rank in (0, 1))
     assert len(ours) == len(theirs) == 3 and not ours & theirs
+
+
+@pytest.mark.parametrize('parallel', ['ddp', 'fsdp'])
+def test_four_processes_resume_to_the_bit(tiny, processes, parallel):
+    """ more than two numbers have an order in which they are added, and DDP changes its order after an iteration """
+    options = ['--gradient_accumulation_steps=4', '--dropout=0.2', f'--parallel={parallel}']
+    run(processes, 4, *options, '--out_dir=straight')
+    run(processes, 4, *options, '--max_iters=3')
+    run(processes, 4, *options, '--init_from=resume')
+    assert equal(tensors(), tensors('straight/ckpt.pt'))
+    assert not any(tensor.requires_grad for tensor in tensors().values())
 
 
 def test_only_rank_0_prints_and_writes(tiny, processes, script, capsys):
@@ -117,7 +129,8 @@ class Counted(wrapped):
 torch.nn.parallel.DistributedDataParallel = Counted
 """
     run(processes, 2, '--gradient_accumulation_steps=8', '--max_iters=3', patch=patch)
-    assert open('reduced-0').read() == open('reduced-1').read() == 'xxx'   # one bucket, three iterations
+    # one bucket, three iterations, and two passes to begin with
+    assert open('reduced-0').read() == open('reduced-1').read() == 'xxxxx'
 
 
 @pytest.mark.parametrize('options', [[], ['--grad_checkpoint=True', '--dropout=0.3']])
@@ -178,9 +191,9 @@ model.GPT.forward = poisoned
 @pytest.mark.parametrize('parallel', ['ddp', 'fsdp'])
 @pytest.mark.parametrize('backward', ['1', '(loss * 0).detach()'])   # spoils the gradients too, or the loss alone
 def test_a_nan_on_one_process_skips_the_update_on_all(tiny, processes, parallel, backward):
-    """ the third iteration is bad on rank 1: no weight changes in it, on either process """
+    """ the third iteration is bad on rank 1: no weight changes in it, on either process; DDP begins with two more """
     options = [f'--parallel={parallel}', '--max_iters=5']
-    patch = BAD_LOSS.replace('BAD', '(3,)').replace('BACKWARD', backward)
+    patch = BAD_LOSS.replace('BAD', '(5,)' if parallel == 'ddp' else '(3,)').replace('BACKWARD', backward)
     text = run(processes, 2, *options, patch=patch)
     assert text.count('update skipped, 1 in a row') == 1 and 'iter 2: loss nan' in text
     assert [r['skipped'] for r in records('loss')] == [0, 0, 1, 1, 1] and records('loss')[2]['loss'] is None
@@ -190,7 +203,7 @@ def test_a_nan_on_one_process_skips_the_update_on_all(tiny, processes, parallel,
 
 
 def test_ten_bad_updates_stop_all_processes(tiny, processes):
-    patch = BAD_LOSS.replace('BAD', 'range(4, 99)').replace('BACKWARD', '1')
+    patch = BAD_LOSS.replace('BAD', 'range(6, 99)').replace('BACKWARD', '1')
     text = run(processes, 2, '--max_iters=50', patch=patch, code=3)
     assert '10 in a row' in text and text.count('stopped: 10 updates') == 1 and load('out/ckpt.pt')['iter_num'] == 13
 
