@@ -291,10 +291,9 @@ def synchronize_gradients(on):
         raw_model.set_requires_gradient_sync(on)
 
 
-if isinstance(model, DistributedDataParallel):
-    for _ in range(2):   # then its buckets, and the order of their sums, are those of a run that was not interrupted
-        forward_backward(model, 0, 0)
-    optimizer.zero_grad(set_to_none=True)
+for _ in range(2 * isinstance(model, DistributedDataParallel)):
+    forward_backward(model, 0, 0)   # settles the order in which gradients are added, for a resumed run the same one
+optimizer.zero_grad(set_to_none=True)
 
 # ---- loop
 commit, here = '', os.path.dirname(__file__) or '.'

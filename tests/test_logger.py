@@ -168,8 +168,8 @@ def test_wandb_without_login_runs_offline_and_keeps_its_id(here, capsys, monkeyp
 @pytest.mark.slow
 def test_wandb_does_not_ask_on_a_terminal(here, monkeypatch):
     """ a pty, no key: one warning, no question that waits for an answer """
-    code = "from logger import Logger; Logger('out', 0, dict(wandb_log=True, tensorboard_log=False, wandb_project='p', " \
-           "wandb_run_name='n', out_dir='out')).close(); print('done')"
+    code = "from logger import Logger; Logger('out', 0, dict(wandb_log=True, tensorboard_log=False, out_dir='out', " \
+           "wandb_project='p', wandb_run_name='n')).close(); print('done')"
     environment = {key: value for key, value in os.environ.items() if not key.startswith('WANDB')}
     ours, theirs = pty.openpty()
     environment.update(HOME=str(here), NETRC=str(here / 'netrc'), PYTHONPATH=ROOT)
