@@ -1,7 +1,7 @@
 """ GPT: the whole model in one file, with the parameter names of OpenAI's GPT-2.
 
 Sizes in the comments: B batch, T positions of the input, V vocabulary, C = n_embd channels,
-nh = n_head heads of hs = C / nh channels each.
+nh = n_head heads of hs = C / nh channels each; with a cache, S positions that are seen, the T of the input last.
 """
 import math
 from dataclasses import dataclass, fields
@@ -53,10 +53,13 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head, self.dropout = config.n_head, config.dropout
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, past: Tensor | None = None) -> Tensor:
         B, T, C = x.shape
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)   # (B, nh, T, hs) each
                    for part in self.c_attn(x).split(C, dim=2))
+        if past is not None:
+            past[0, :, :, -T:], past[1, :, :, -T:] = k, v
+            k, v = past                                                             # (B, nh, S, hs) each
         y = F.scaled_dot_product_attention(q, k, v, attn_mask, self.dropout if self.training else 0.0, is_causal)
         y = y.transpose(1, 2).reshape(B, T, C)                                      # heads side by side again
         return self.resid_dropout(self.c_proj(y))
@@ -86,9 +89,24 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        x = x + self.attn(self.ln_1(x), attn_mask, is_causal)
+    def forward(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, past: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), attn_mask, is_causal, past)
         return x + self.mlp(self.ln_2(x))
+
+
+class KVCache:
+    """ keys and values of the positions that a model has seen, so that generating a token computes only its own
+
+    batch_size rows of at most capacity positions. Rows of different lengths are padded on the left: padding (B,) says
+    how many of a row's first positions are none. The model writes at length, and moves it on.
+    """
+
+    def __init__(self, config: GPTConfig, batch_size: int, capacity: int, device: str | torch.device = 'cpu',
+                 dtype: torch.dtype = torch.float32, padding: Tensor | None = None):
+        head_size = config.n_embd // config.n_head
+        self.data = torch.zeros(config.n_layer, 2, batch_size, config.n_head, capacity, head_size, device=device,
+                                dtype=dtype)
+        self.capacity, self.length, self.padding = capacity, 0, padding
 
 
 class GPT(nn.Module):
@@ -122,33 +140,52 @@ class GPT(nn.Module):
             if name.endswith('c_proj.weight'):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
-    def _embed(self, idx: Tensor) -> Tensor:
+    def _embed(self, idx: Tensor, cache: KVCache | None) -> Tensor:
         """ ids (B, T) to vectors (B, T, C): what the token is plus where it stands """
-        positions = self.transformer.wpe.weight[:idx.shape[1]]   # (T, C)
+        start = cache.length if cache else 0
+        positions = self.transformer.wpe.weight[start:start + idx.shape[1]]   # (T, C)
+        if cache and cache.padding is not None:   # a padded row begins later
+            places = torch.arange(start, start + idx.shape[1], device=idx.device) - cache.padding[:, None]
+            positions = self.transformer.wpe(places.clamp(min=0))             # (B, T, C)
         return self.transformer.drop(self.transformer.wte(idx) + positions)
 
-    def _visible(self) -> tuple[Tensor | None, bool]:
+    def _visible(self, T: int, cache: KVCache | None) -> tuple[Tensor | None, bool]:
         """ (attn_mask, is_causal) of one forward: the only place that decides which positions a position sees
 
         Text before an end-of-text token stays visible: documents are told apart by the token, as GPT-2 was trained.
         """
-        return None, True
+        if cache is None or cache.length == 0 and cache.padding is None:
+            return None, True
+        if T == 1 and cache.padding is None:
+            return None, False
+        # is_causal would align the triangle at the first key, not at the last
+        keys = torch.arange(cache.length + T, device=cache.data.device)       # (S,)
+        queries = keys[-T:, None]                                             # (T, 1)
+        mask = keys <= queries                                                # (T, S)
+        if cache.padding is not None:
+            shown = keys >= cache.padding[:, None, None]                      # (B, 1, S)
+            mask = (mask & shown | (keys == queries))[:, None]                # (B, 1, T, S), never a row of nothing
+        return mask, False
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """ logits and loss for token ids idx (B, T) int64
+    def forward(self, idx: Tensor, targets: Tensor | None = None, *,
+                cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
+        """ logits and loss for token ids idx (B, T) int64, which continue what is in the cache, if there is one
 
         With targets (B, T): logits (B, T, V) and the mean cross-entropy in nats per token over targets != -1.
-        Without: logits (B, 1, V) of the last position and None. ValueError if T is over block_size.
+        Without: logits (B, 1, V) of the last position and None. ValueError if they do not fit block_size or the cache.
         """
-        if idx.shape[1] > self.config.block_size:
-            raise ValueError(f"{idx.shape[1]} tokens do not fit block_size={self.config.block_size}, crop them")
-        x = self._embed(idx)                                   # (B, T, C)
-        attn_mask, is_causal = self._visible()
-        for block in self.transformer.h:
+        T, start = idx.shape[1], cache.length if cache else 0
+        if start + T > (limit := min(self.config.block_size, cache.capacity) if cache else self.config.block_size):
+            raise ValueError(f"{start + T} tokens do not fit block_size={limit}, crop them")
+        x = self._embed(idx, cache)                            # (B, T, C)
+        attn_mask, is_causal = self._visible(T, cache)
+        for i, block in enumerate(self.transformer.h):
             if self.grad_checkpoint and self.training:
                 x = checkpoint(block, x, attn_mask, is_causal, use_reentrant=False)   # https://arxiv.org/abs/1604.06174
             else:
-                x = block(x, attn_mask, is_causal)
+                x = block(x, attn_mask, is_causal, cache.data[i, ..., :start + T, :] if cache else None)
+        if cache:
+            cache.length += T
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.lm_head(x[:, -1:]), None               # (B, 1, V)
@@ -197,33 +234,12 @@ class GPT(nn.Module):
         fused = device_type in ('cuda', 'cpu')   # one kernel for the whole update
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=fused)
 
-    @torch.no_grad()
-    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, *,
-                 num_ids: int | None = None) -> Tensor:
+    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+                 **options) -> Tensor:
         """ idx (B, T) with max_new_tokens more tokens, each drawn from the softmax of logits / temperature
 
-        temperature 0 takes the likeliest token. top_k keeps the k likeliest, None or 0 keeps all. num_ids keeps the
-        first ids only: a padded vocabulary has more logits than tokens. Only the last block_size tokens are seen.
+        temperature 0 takes the likeliest token. top_k keeps the k likeliest, None or 0 keeps all. options: those of
+        engine.Sampling and engine.generate.
         """
-        if temperature < 0:
-            raise ValueError(f"temperature={temperature} must not be negative")
-        if idx.shape[1] == 0:
-            raise ValueError("the prompt is empty, start with at least one token")
-        for _ in range(max_new_tokens):
-            logits, _ = self(idx[:, -self.config.block_size:])                        # (B, 1, V)
-            next_id = _draw(logits[:, -1, :num_ids].float(), temperature, top_k)      # (B, 1)
-            idx = torch.cat((idx, next_id), dim=1)
-        return idx
-
-
-def _draw(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
-    """ one id per row of logits (B, V), as (B, 1) """
-    if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
-    if top_k:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
-    probabilities = F.softmax(logits / temperature, dim=-1)
-    if probabilities.device.type == 'mps':   # there multinomial may draw ids of probability 0 (pytorch 92752)
-        probabilities = probabilities.cpu()
-    return torch.multinomial(probabilities, num_samples=1).to(logits.device)
+        from engine import generate_tensor
+        return generate_tensor(self, idx, max_new_tokens, temperature=temperature, top_k=top_k, **options)

@@ -16,7 +16,11 @@ num_samples = 10
 max_new_tokens = 500      # in each sample
 temperature = 0.8         # below 1 more predictable, above 1 more varied, 0 always the likeliest token
 top_k = 200               # draw from the k likeliest tokens only, 0: from all
-seed = 1337
+top_p = 1.0               # from the likeliest that together have this probability
+min_p = 0.0               # from those with at least this share of the likeliest's probability
+repetition_penalty = 1.0  # above 1: less of what is there already
+exact_context = False     # past block_size see the last block_size tokens, not the last half and more: much slower
+seed = 1337               # of the first sample, each next one has the next
 device = 'auto'           # cuda, mps, cpu, cuda:1, ...
 dtype = 'auto'            # bfloat16, float16, float32
 compile = False           # torch.compile: pays for long samples only
@@ -27,17 +31,18 @@ import torch
 import checkpoint
 from common import autocast, fail, one_line_errors, print0, require, resolve_device, resolve_dtype, try_compile
 from dataset import tokenizer_of
-from model import GPT
+from engine import Sampling, generate
 
 # ---- set-up
 if init_from != 'resume':
     fail(f"--init_from={init_from} is not resume")
 require(config, 1, 'num_samples', 'max_new_tokens')
 require(config, 0, 'temperature', 'top_k')
+with one_line_errors():
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
 device = resolve_device(device)
 device_type = torch.device(device).type
 context = autocast(device_type, resolve_dtype(dtype, device_type))
-torch.manual_seed(seed % 2**63)   # any int will do
 if hasattr(sys.stdout, 'reconfigure'):
     sys.stdout.reconfigure(encoding='utf-8', errors='replace')   # models write characters that a console may not know
 
@@ -55,13 +60,13 @@ with one_line_errors():
 if len(ids) > model.config.block_size:
     print(f"note: of the prompt's {len(ids):,} tokens the model sees the last {model.config.block_size:,}",
           file=sys.stderr)
-x = torch.tensor([ids], device=device).repeat(num_samples, 1)   # (num_samples, T)
 
 # ---- samples
 with torch.no_grad(), context:
     if compile:
-        model = try_compile(model, lambda compiled: compiled(x[:, -model.config.block_size:]), dynamic=True)
-    samples = GPT.generate(model, x, max_new_tokens, temperature, top_k, num_ids=tokenizer.vocab_size)
-for sample in samples.tolist():
-    print0(tokenizer.decode(sample))
+        model = try_compile(model, lambda compiled: generate(compiled, [ids], 2), dynamic=True)
+    samples = generate(model, [ids], max_new_tokens, sampling, num_samples=num_samples, num_ids=tokenizer.vocab_size,
+                       seeds=[seed + i for i in range(num_samples)], exact_context=exact_context)
+for sample in samples:
+    print0(tokenizer.decode(ids + sample))
     print0('-' * 15)

@@ -12,6 +12,7 @@ from conftest import ROOT
 
 from checkpoint import Saver
 from dataset import Split
+from engine import Sampling, generate
 from logger import Logger
 from model import GPT, GPTConfig
 
@@ -153,3 +154,48 @@ def test_a_save_in_the_background_against_torch_save(here):
           f"({min(held):.3f} to {max(held):.3f}), {ratio:.3f} of it; "
           f"on the disk after {statistics.median(whole):.2f} s")
     assert ratio <= 0.2
+
+
+def test_generation_against_no_cache(here):
+    """ 6 layers, 384 wide, context 256: 10 samples x 500 tokens, and 10 x 100 by the uncached loop of nanoGPT """
+    torch.set_num_threads(os.cpu_count())
+    model = GPT(GPTConfig(256, 65, 6, 6, 384, bias=False)).eval()
+    sampling, ours, theirs = Sampling(0.8, 200), [], []
+
+    @torch.no_grad()
+    def uncached(ids, count):
+        for _ in range(count):
+            logits = model(ids[:, -256:])[0][:, -1] / 0.8
+            ids = torch.cat((ids, torch.multinomial(logits.softmax(-1), 1)), dim=1)
+    for _ in range(3):
+        start = time.perf_counter()
+        generate(model, [[0]], 500, sampling, num_samples=10)
+        ours.append(5000 / (time.perf_counter() - start))
+        start = time.perf_counter()
+        uncached(torch.zeros(10, 200, dtype=torch.int64), 100)   # the 200th to 300th token, about the middle
+        theirs.append(1000 / (time.perf_counter() - start))
+    print(f"\nours {statistics.median(ours):,.0f} tok/s ({min(ours):,.0f} to {max(ours):,.0f}), "
+          f"uncached {statistics.median(theirs):,.0f}")
+    assert statistics.median(ours) >= 1000
+
+
+@pytest.mark.parametrize('rows, count', [(1, 100), (10, 100)])
+def test_generation_against_hugging_face(here, rows, count):
+    """ GPT-2 (124M), random weights, float32, greedy; Hugging Face's generate with its cache takes turns """
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.set_num_threads(os.cpu_count())
+    model, reference = GPT(GPTConfig(vocab_size=50257)).eval(), GPT2LMHeadModel(GPT2Config()).eval()
+    sampling, ours, theirs = Sampling(temperature=0), [], []
+    x = torch.full((rows, 1), 50256)
+    for _ in range(3):
+        start = time.perf_counter()
+        generate(model, x.tolist(), count, sampling)
+        ours.append(rows * count / (time.perf_counter() - start))
+        start = time.perf_counter()
+        reference.generate(x, min_new_tokens=count, max_new_tokens=count, do_sample=False, pad_token_id=0,
+                           attention_mask=torch.ones_like(x))
+        theirs.append(rows * count / (time.perf_counter() - start))
+    ratio = statistics.median(ours) / statistics.median(theirs)
+    print(f"\n{rows} x {count}: ours {statistics.median(ours):.1f} tok/s ({min(ours):.1f} to {max(ours):.1f}), "
+          f"Hugging Face {statistics.median(theirs):.1f}, ratio {ratio:.2f}")
+    assert ratio >= 1.0

@@ -1,0 +1,203 @@
+""" engine.py: the cache against no cache, the sampling against Hugging Face's processors and against arithmetic. """
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.generation import logits_process as hf
+
+from engine import Sampling, generate
+from model import GPT, GPTConfig, KVCache
+
+
+@pytest.fixture
+def model():
+    """ a small model whose next token depends on the text; block_size 16, vocabulary 50
+
+    In float64, because it is chaotic: float32's rounding, which depends on the batch, would grow to another token.
+    """
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32)).eval().double()
+    with torch.no_grad():
+        for parameter in model.transformer.h.parameters():
+            parameter.mul_(12)
+    return model
+
+
+def prompt(length, seed=0):
+    return torch.randint(50, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+# ---- the cache
+
+@pytest.mark.parametrize('chunks', [[16], [1] * 16, [5, 1, 9, 1], [1, 15], [15, 1]])
+@pytest.mark.parametrize('rows', [1, 3])
+@torch.no_grad()
+def test_logits_with_a_cache_are_those_without(model, chunks, rows):
+    x = torch.tensor([prompt(16, row) for row in range(rows)])
+    expected, cache, parts, at = model(x, x)[0], KVCache(model.config, rows, 16, dtype=torch.float64), [], 0
+    for T in chunks:
+        parts.append(model(x[:, at:at + T], x[:, at:at + T], cache=cache)[0])
+        at += T
+    assert cache.length == 16 and (torch.cat(parts, dim=1) - expected).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize('chunks', [[9], [1] * 9, [4, 1, 3, 1]])
+@torch.no_grad()
+def test_padded_rows_are_as_if_alone(model, chunks):
+    """ lengths 9, 4 and 1 in one batch; what stands in the padding does not matter """
+    lengths, cache = (9, 4, 1), KVCache(model.config, 3, 16, dtype=torch.float64, padding=torch.tensor([0, 5, 8]))
+    rows = [prompt(length, length) for length in lengths]
+    for junk in (0, 7):
+        cache.length, at = 0, 0
+        x = torch.tensor([[junk] * (9 - len(row)) + row for row in rows])
+        for T in chunks:
+            logits, at = model(x[:, at:at + T], cache=cache)[0], at + T
+        for row, got in zip(rows, logits, strict=True):
+            expected = model(torch.tensor([row]))[0][0]
+            assert (got - expected).abs().max() < 1e-9
+
+
+@torch.no_grad()
+def test_log_likelihood_is_the_same_by_any_way(model):
+    """ of a text: in one forward, token by token, in uneven chunks """
+    x, y = torch.tensor([prompt(16)]), torch.tensor([prompt(17)[1:]])
+    expected = model(x, y)[1].item()
+    for chunks in ([1] * 16, [3, 8, 1, 4]):
+        cache, total, at = KVCache(model.config, 1, 16, dtype=torch.float64), 0.0, 0
+        for T in chunks:
+            total += model(x[:, at:at + T], y[:, at:at + T], cache=cache)[1].item() * T
+            at += T
+        assert total / 16 == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_full_cache_says_so(model):
+    cache = KVCache(model.config, 1, 4, dtype=torch.float64)
+    with pytest.raises(ValueError, match='5 tokens do not fit block_size=4'):
+        model(torch.tensor([prompt(5)]), cache=cache)
+    with pytest.raises(ValueError, match='17 tokens do not fit block_size=16'):
+        model(torch.tensor([prompt(17)]), cache=KVCache(model.config, 1, 99, dtype=torch.float64))
+
+
+# ---- texts
+
+def uncached(model, row, count, sampling, seed, window):
+    """ the tokens after row, by a whole forward each over window(the ids so far) """
+    generator, ids = torch.Generator().manual_seed(seed), list(row)
+    for _ in range(count):
+        with torch.no_grad():
+            logits = model(torch.tensor([window(ids)]))[0][:, -1]
+        ids.append(sampling.draw(sampling.scores(logits), [generator]).item())
+    return ids[len(row):]
+
+
+@pytest.mark.parametrize('sampling', [Sampling(temperature=0), Sampling(temperature=0.7, top_k=20)])
+def test_exact_context_is_nanogpts_sliding_crop(model, sampling):
+    """ token for token, well past block_size, rows of different lengths and one longer than block_size in one batch """
+    rows = [prompt(5), prompt(1, 1), prompt(20, 2)]
+    texts = generate(model, rows, 40, sampling, seeds=[7, 8, 9], exact_context=True)
+    for row, seed, text in zip(rows, (7, 8, 9), texts, strict=True):
+        assert text == uncached(model, row, 40, sampling, seed, lambda ids: ids[-16:])
+    assert len(set(texts[0])) > 5
+
+
+@pytest.mark.parametrize('length', [1, 5, 15, 16, 20])
+def test_a_full_cache_goes_on_with_the_most_recent_half(model, length):
+    """ between 8 and 16 tokens are seen; the window begins anew whenever it is full """
+    begins = [max(0, length - 16)]
+
+    def window(ids):
+        if len(ids) - begins[-1] > 16:
+            begins.append(len(ids) - 8)
+        return ids[begins[-1]:]
+    sampling = Sampling(temperature=0)
+    expected = uncached(model, prompt(length), 40, sampling, 0, window)
+    assert generate(model, [prompt(length)], 40, sampling)[0] == expected and len(begins) > 2
+
+
+@pytest.mark.parametrize('exact_context', [False, True])
+def test_a_seed_gives_its_text_in_any_batch(model, exact_context):
+    """ past block_size too, where rows of different lengths have different windows """
+    rows, sampling = [prompt(14), prompt(3, 1), prompt(18, 2)], Sampling(top_k=30)
+    alone = [generate(model, [row], 40, sampling, seeds=[seed], exact_context=exact_context)[0]
+             for row in rows for seed in (1, 2)]
+    together = generate(model, rows, 40, sampling, num_samples=2, seeds=[1, 2] * 3, exact_context=exact_context)
+    assert together == alone and len({tuple(text) for text in alone}) == 6
+
+
+def test_a_row_ends_by_itself(model):
+    free = generate(model, [prompt(3), prompt(4, 1)], 30, Sampling(), seeds=[1, 2])
+    last, seen = free[0][4], []
+    texts = generate(model, [prompt(3), prompt(4, 1)], 30, Sampling(), seeds=[1, 2],
+                     is_over=lambda ids: ids[-1] == last, on_token=lambda row, token: seen.append((row, token)))
+    for text, whole in zip(texts, free, strict=True):
+        end = whole.index(last) + 1 if last in whole else len(whole)
+        assert text == whole[:end]
+    assert [token for row, token in seen if row == 0] == texts[0] and len(seen) == sum(map(len, texts))
+
+
+def test_the_cache_has_the_type_of_the_products(model):
+    with torch.autocast('cpu', torch.bfloat16):
+        assert len(generate(model.float(), [prompt(3)], 20, Sampling())[0]) == 20
+    assert len(generate(model.bfloat16(), [prompt(3)], 20, Sampling())[0]) == 20
+
+
+# ---- sampling
+
+def reference(logits, ids, sampling):
+    """ Hugging Face's processors in the order of its generate """
+    processors = [hf.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty),
+                  hf.TemperatureLogitsWarper(sampling.temperature)]
+    processors += [hf.TopKLogitsWarper(min(sampling.top_k, logits.shape[1]))] if sampling.top_k else []
+    processors += [hf.TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
+    processors += [hf.MinPLogitsWarper(sampling.min_p)] if sampling.min_p else []
+    for processor in processors:
+        logits = processor(ids, logits)
+    return logits
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 2**31), st.floats(0.1, 3), st.integers(0, 60), st.floats(0.05, 1), st.floats(0, 1),
+       st.floats(0.5, 2), st.floats(0.1, 10))
+def test_scores_are_hugging_faces(seed, temperature, top_k, top_p, min_p, penalty, spread):
+    torch.manual_seed(seed)
+    sampling = Sampling(temperature, top_k, top_p, min_p, penalty)
+    logits, ids = torch.randn(3, 50) * spread, torch.randint(50, (3, 9))
+    seen = torch.zeros(3, 50, dtype=torch.bool).scatter(1, ids, True)
+    assert torch.equal(sampling.scores(logits, seen), reference(logits, ids, sampling))
+
+
+def test_draws_follow_the_probabilities():
+    """ 4000 generators against the softmax, 5 standard errors; an id that cannot be drawn never is """
+    scores = torch.tensor([[0.0, -math.inf, 1.0, 2.0, -math.inf, -1.0, -math.inf]])
+    generators = [torch.Generator().manual_seed(seed) for seed in range(4000)]
+    counts = torch.bincount(Sampling().draw(scores.expand(4000, 7), generators)[:, 0], minlength=7)
+    for count, p in zip(counts.tolist(), scores.softmax(-1)[0].tolist(), strict=True):
+        assert abs(count - 4000 * p) <= 5 * math.sqrt(4000 * p * (1 - p))
+
+
+def test_the_penalty_knows_the_text_and_not_the_padding(model):
+    """ a penalty so large that a greedy text has no token twice; id 0 fills up the padding and stays free """
+    texts = generate(model, [[3] * 6, [5]], 20, Sampling(temperature=0, repetition_penalty=1e6))
+    assert len(set(texts[0]) | {3}) == len(set(texts[1]) | {5}) == 21
+    strong = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=2, n_embd=32)).eval()
+    with torch.no_grad():
+        strong.lm_head.weight.zero_()
+        strong.transformer.ln_f.bias.fill_(1.0)
+        strong.lm_head.weight[0] = 1.0   # id 0 is far ahead
+    assert generate(strong, [[3] * 6, [5]], 1, Sampling(temperature=0, repetition_penalty=1.5)) == [[0], [0]]
+
+
+@pytest.mark.parametrize('options, words', [
+    (dict(temperature=-1), 'temperature=-1'), (dict(top_k=-1), 'top_k=-1'), (dict(top_p=0), 'top_p=0'),
+    (dict(top_p=1.5), 'top_p=1.5'), (dict(min_p=2), 'min_p=2'), (dict(repetition_penalty=0), 'repetition_penalty=0')])
+def test_impossible_settings(options, words):
+    with pytest.raises(ValueError, match=words):
+        Sampling(**options)
+
+
+def test_an_empty_prompt_is_refused(model):
+    for prompts in ([], [[]], [[1], []]):
+        with pytest.raises(ValueError, match='the prompt is empty'):
+            generate(model, prompts, 1)
