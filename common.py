@@ -24,11 +24,11 @@ def is_rank_0() -> bool:
     return os.environ.get('RANK', '0') == '0'
 
 
-def print0(*values) -> None:
+def print0(*values, end: str = '\n') -> None:
     """ print on rank 0 only, without waiting for the buffer to fill; a reader that has gone does not end the run """
     if is_rank_0():
         try:
-            print(*values, flush=True)
+            print(*values, end=end, flush=True)
         except OSError:   # a closed pipe or terminal
             sys.stdout = open(os.devnull, 'w')
 

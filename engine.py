@@ -1,19 +1,25 @@
 """ Generation: prompts in, tokens out, all rows of a batch at once and with a KV cache.
 
+    model = prepare(model, rows=1)   # optional, for speed
     tokens = generate(model, [[464, 3290]], max_new_tokens=20, sampling=Sampling(temperature=0.8, top_k=200))[0]
 
 GPT.generate is a thin door to it. What is not here: the model (model.py), text (sample.py).
 """
+import contextlib
+import copy
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import GPT, KVCache
+from model import GPT, CompiledStep, KVCache
 
+# ---- sampling
 
 @dataclass
 class Sampling:
@@ -74,22 +80,106 @@ class Sampling:
         return ids.to(scores.device)
 
 
-def _pad(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """ ids (B, S), shorter prompts padded on the left, and the length of the padding (B,) """
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
-    padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
-    return ids, padding
+# ---- weights
 
+def _int8(x: Tensor, weight: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
+    """ x @ (q * scale).T for int8 q (out, in) and the scale of each output (out,) """
+    q, scale = weight
+    rows = x.flatten(0, -2)
+    few = len(rows) <= 32   # the kernel reads all weights for every few rows
+    y = torch._weight_int8pack_mm(rows, q, scale) if few else F.linear(rows, q.to(x.dtype)) * scale
+    y = y.view(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
+
+
+class _Product(nn.Module):
+    """ a linear layer with its weight stored as product(x, weight, bias) wants it; computes in dtype, like autocast """
+
+    def __init__(self, product: Callable, weight, bias: Tensor | None, dtype: torch.dtype):
+        super().__init__()
+        self.product, self.weight, self.dtype = product, weight, dtype
+        self.bias = None if bias is None else bias.detach().to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x.to(self.dtype), self.weight, self.bias)
+
+
+def _plain(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
+    weight = linear.weight.detach()
+    return linear if weight.dtype == dtype else _Product(F.linear, weight.to(dtype), linear.bias, dtype)
+
+
+def _packed(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
+    """ in oneDNN's blocked layout; the two operations are those that torch.compile makes of frozen weights """
+    weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(dtype), 16)   # for about so many rows
+    return _Product(lambda x, weight, bias: torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], ''),
+                    weight, linear.bias, dtype)
+
+
+def _quantized(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
+    """ torchao's int8 weights, each output with its scale; on the CPU PyTorch has the quicker kernel for them """
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError:
+        raise ValueError("quantize=int8 needs torchao: pip install torchao") from None
+    dtype = torch.bfloat16   # the only one that is fast
+    quantize_(layer := nn.Sequential(copy.deepcopy(linear).to(dtype)), Int8WeightOnlyConfig())
+    weight = layer[0].weight
+    if weight.device.type == 'cpu':
+        return _Product(_int8, (weight.qdata, weight.scale.flatten().to(dtype)), linear.bias, dtype)
+    return _Product(F.linear, weight, linear.bias, dtype)
+
+
+def _faster(linears: list[nn.Linear], dtype: torch.dtype, rows: int) -> Callable:
+    """ _packed or _plain: which takes less time for rows vectors and these weights of one shape """
+    from torch.utils.benchmark import Timer
+    weight, times = linears[0].weight, {}
+    some = linears[:1 + 2**26 // weight.nbytes]   # 64 MB are more than caches hold, mostly
+    x = torch.randn(rows, 1, weight.shape[1]).to(dtype)
+    with contextlib.suppress(RuntimeError, AttributeError):   # without oneDNN _plain alone works
+        for kind in (_plain, _packed):
+            variables = {'layers': [kind(linear, dtype) for linear in some], 'x': x}
+            timer = Timer('for layer in layers: layer(x)', globals=variables, num_threads=torch.get_num_threads())
+            times[kind] = timer.timeit(4).mean
+    return min(times, key=times.get)
+
+
+@torch.no_grad()
+def prepare(model: GPT, dtype: torch.dtype | None = None, *, rows: int = 1, quantize: str = '') -> GPT:
+    """ a copy of the model for generating rows texts at once, with its products in dtype; the model stays as it is
+
+    On the CPU the layout of each weight is the one that is measured to be faster. quantize='int8' stores weights in 8
+    bits. What need not differ is shared with the model. ValueError for another word, or without torchao.
+    """
+    if quantize not in ('', 'int8'):
+        raise ValueError(f"quantize={quantize} is not int8")
+    dtype = dtype or model.lm_head.weight.dtype
+    model = copy.deepcopy(model, {id(tensor): tensor for tensor in model.parameters()}).eval()
+    by_shape, on_cpu = {}, model.lm_head.weight.device.type == 'cpu'
+    for layer in model.modules():
+        for name, linear in layer.named_children():
+            if isinstance(linear, nn.Linear):
+                by_shape.setdefault(linear.weight.shape, []).append((layer, name, linear))
+    for group in by_shape.values():
+        convert = _faster([linear for _, _, linear in group], dtype, rows) if on_cpu else _plain
+        for layer, name, linear in group:
+            setattr(layer, name, (_quantized if quantize else convert)(linear, dtype))
+    return model
+
+
+# ---- the text so far
 
 class _Context:
     """ the text so far, ids (B, S), the place where each row's window begins, and what the model has computed of it """
 
-    def __init__(self, model: GPT, prompts: list[list[int]], max_new_tokens: int, exact: bool):
-        self.model, self.exact, self.limit = model, exact, model.config.block_size
-        self.ids, self.padding = _pad(prompts, model.lm_head.weight.device)
-        self.begin = self.padding.clamp(min=self.ids.shape[1] - self.limit)   # (B,)
-        self.last = self.ids.shape[1] + max_new_tokens
+    def __init__(self, model: GPT, prompts: list[list[int]], max_new_tokens: int, exact: bool,
+                 step: CompiledStep | None):
+        self.model, self.exact, self.step, self.limit = model, exact, step, model.config.block_size
+        longest, device = max(map(len, prompts)), model.transformer.wte.weight.device
+        self.padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)           # (B,)
+        self.ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+        self.begin = self.padding.clamp(min=longest - self.limit)                                           # (B,)
+        self.last = longest + max_new_tokens
         self.cache = None
 
     def logits(self) -> Tensor:
@@ -102,79 +192,107 @@ class _Context:
         """
         full = self.ids.shape[1] - self.begin > self.limit
         if self.cache and not full.any():
-            return self.model(self.ids[:, -1:].contiguous(), cache=self.cache)[0][:, -1]
+            if self.step:
+                self.cache = self.step.adopt(self.cache)
+            return (self.step or self.model)(self.ids[:, -1:].contiguous(), cache=self.cache)[0][:, -1]
         kept = self.limit if self.exact else max(self.limit // 2, 1)
         self.begin = self.begin.where(~full, self.ids.shape[1] - kept)
         start = self.begin.min().item()
-        self.cache = self._empty_cache(self.begin - start, min(self.limit, self.last - start))
+        self.cache = _empty_cache(self.model, self.begin - start, min(self.limit, self.last - start))
         return self.model(self.ids[:, start:].contiguous(), cache=self.cache)[0][:, -1]
 
-    def _empty_cache(self, padding: Tensor, capacity: int) -> KVCache:
-        weight = self.model.lm_head.weight
-        autocast = torch.is_autocast_enabled(weight.device.type)
-        return KVCache(self.model.config, len(self.ids), capacity, weight.device,
-                       torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype,
-                       padding if padding.any() else None)
-
-    def repeat(self, times: int) -> None:
-        """ each row that often, one after the other, without computing it again """
-        self.ids, self.padding, self.begin = (
-            each.repeat_interleave(times, dim=0) for each in (self.ids, self.padding, self.begin))
-        self.cache.data = self.cache.data.repeat_interleave(times, dim=2)
+    def select(self, rows: list[int]) -> None:
+        """ go on with these rows, in this order; one may be there several times """
+        rows = torch.tensor(rows, device=self.ids.device)
+        self.ids, self.padding, self.begin = self.ids[rows], self.padding[rows], self.begin[rows]
+        self.cache.layers = [(keys[rows], values[rows]) for keys, values in self.cache.layers]
         if self.cache.padding is not None:
-            self.cache.padding = self.cache.padding.repeat_interleave(times)
+            self.cache.padding = self.cache.padding[rows]
+
+    def seen(self) -> Tensor:
+        """ (B, V) bool: which ids a row has, its padding not counted """
+        B, S = self.ids.shape
+        real = torch.arange(S, device=self.ids.device) >= self.padding[:, None]   # (B, S)
+        counts = torch.zeros(B, self.model.config.vocab_size, dtype=torch.int32, device=self.ids.device)
+        return counts.scatter_add(1, self.ids, real.int()) > 0
 
 
-def _seen(ids: Tensor, padding: Tensor, V: int) -> Tensor:
-    """ (B, V) bool: which ids a row has, its padding not counted """
-    real = torch.arange(ids.shape[1], device=ids.device) >= padding[:, None]   # (B, S)
-    return torch.zeros(len(ids), V, dtype=torch.int32, device=ids.device).scatter_add(1, ids, real.int()) > 0
+def _empty_cache(model: GPT, padding: Tensor, capacity: int) -> KVCache:
+    """ for rows with this padding (B,), in the type that the model's products have """
+    x = model.transformer.wte.weight[:1]
+    dtype = model.transformer.h[0].attn.c_attn(x).dtype
+    return KVCache(model.config, len(padding), capacity, x.device, dtype, padding if padding.any() else None)
+
+
+def rows_in_memory(model: GPT, length: int) -> int:
+    """ how many texts of length tokens fit in half of a GPU's free memory, or a quarter of the machine's memory """
+    config, device, T = model.config, model.transformer.wte.weight.device, min(length, model.config.block_size)
+    size = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 4 if hasattr(os, 'sysconf') else 2e9
+    if device.type == 'cuda':
+        size = torch.cuda.mem_get_info(device)[0] / 2
+    numbers = 2 * config.n_layer * config.n_embd * T     # keys and values
+    numbers += 20 * config.n_embd * T + T * T            # a block's activations and the mask, at the prompt
+    numbers += 10 * config.vocab_size                    # scores, their order, sums in float64
+    return max(1, int(size / (4 * numbers)))
+
+
+# ---- generation
+
+def _stream_batch(context: _Context, rows: list[int], origin: list[int], max_new_tokens: int, sampling: Sampling,
+                  seeds: list[int], num_ids: int | None, is_over: Callable | None) -> Iterator[tuple[int, int, bool]]:
+    """ stream for one batch: these rows, and which prompt of the context each one continues """
+    generators = {row: torch.Generator().manual_seed(seeds[row] % 2**63) for row in rows}
+    texts, over = {row: [] for row in rows}, set()
+    for count in range(1, max_new_tokens + 1):
+        logits = context.logits()[:, :num_ids]                                # (B, V)
+        if count == 1:   # a prompt is computed once for all its samples
+            context.select(origin)
+            logits = logits[origin]
+        seen = context.seen()[:, :num_ids] if sampling.repetition_penalty != 1 else None
+        ids = sampling.draw(sampling.scores(logits, seen), [generators[row] for row in rows])   # (B, 1)
+        context.ids = torch.cat((context.ids, ids), dim=1)
+        for row, token in zip(rows, ids[:, 0].tolist(), strict=True):
+            if row not in over:
+                texts[row].append(token)
+                if last := count == max_new_tokens or bool(is_over and is_over(texts[row])):
+                    over.add(row)
+                yield row, token, last
+        if len(over) == len(texts):
+            return
+        if over.intersection(rows) and context.step is None:   # a compiled step computes them to the end
+            context.select([i for i, row in enumerate(rows) if row not in over])
+            rows = [row for row in rows if row not in over]
 
 
 @torch.no_grad()
-def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling | None = None, *,
-             num_samples: int = 1, seeds: list[int] | None = None, num_ids: int | None = None,
-             is_over: Callable[[list[int]], bool] | None = None, on_token: Callable[[int, int], None] | None = None,
-             exact_context: bool = False) -> list[list[int]]:
-    """ the new tokens of num_samples continuations of each prompt, prompt by prompt, at most max_new_tokens each
+def stream(model: GPT, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling | None = None, *,
+           num_samples: int = 1, seeds: list[int] | None = None, num_ids: int | None = None,
+           is_over: Callable[[list[int]], bool] | None = None, exact_context: bool = False,
+           step: CompiledStep | None = None, most_rows: int | None = None) -> Iterator[tuple[int, int, bool]]:
+    """ (row, id, last) for each token when it is drawn: num_samples continuations of each prompt, rows prompt by prompt
 
-    seeds: one for each continuation, its text does not depend on the others; without them torch's generator gives some.
-    num_ids: the first ids only, where a padded vocabulary has more logits than tokens. is_over: called with the new
-    tokens of a row, ends it when true; the token that did so is included. on_token(row, id) sees each token at once.
-    exact_context: past block_size the last block_size tokens are seen, else at least half as many.
+    At most max_new_tokens each; is_over, called with a row's new tokens, ends it when true, that token included.
+    seeds: one for each row, whose text does not depend on the others; without them torch's generator gives some.
+    num_ids: the first ids only, where a padded vocabulary has more logits than tokens. exact_context: past block_size
+    the last block_size tokens are seen, else at least half as many. most_rows: in one batch, else what memory allows.
     """
     if not prompts or not all(prompts):
         raise ValueError("the prompt is empty, start with at least one token")
-    sampling, rows = sampling or Sampling(), len(prompts) * num_samples
     if seeds is None:
-        seeds = torch.randint(2**62, (rows,)).tolist()
-    generators = [torch.Generator().manual_seed(seed % 2**63) for seed in seeds]
-    context = _Context(model, prompts, max_new_tokens, exact_context)
-    texts, over = [[] for _ in range(rows)], [False] * rows
-    for step in range(max_new_tokens):
-        logits = context.logits()[:, :num_ids]                                # (B, V)
-        if step == 0 and num_samples > 1:
-            context.repeat(num_samples)
-            logits = logits.repeat_interleave(num_samples, dim=0)
-        penalized = sampling.repetition_penalty != 1
-        seen = _seen(context.ids, context.padding, model.config.vocab_size)[:, :num_ids] if penalized else None
-        next_ids = sampling.draw(sampling.scores(logits, seen), generators)   # (B, 1)
-        context.ids = torch.cat((context.ids, next_ids), dim=1)
-        for row, token in enumerate(next_ids[:, 0].tolist()):
-            if over[row]:
-                continue
-            texts[row].append(token)
-            if on_token:
-                on_token(row, token)
-            over[row] = bool(is_over and is_over(texts[row]))
-        if all(over):
-            break
+        seeds = torch.randint(2**62, (len(prompts) * num_samples,)).tolist()
+    most_rows = most_rows or rows_in_memory(model, max(map(len, prompts)) + max_new_tokens)
+    for begin in range(0, len(seeds), most_rows):
+        rows = list(range(begin, min(begin + most_rows, len(seeds))))
+        first, last = rows[0] // num_samples, rows[-1] // num_samples
+        context = _Context(model, prompts[first:last + 1], max_new_tokens, exact_context, step)
+        yield from _stream_batch(context, rows, [row // num_samples - first for row in rows], max_new_tokens,
+                                 sampling or Sampling(), seeds, num_ids, is_over)
+
+
+def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling | None = None,
+             **options) -> list[list[int]]:
+    """ the new tokens of each row, when all are there; options are those of stream """
+    texts = [[] for _ in range(len(prompts) * options.get('num_samples', 1))]
+    for row, token, _ in stream(model, prompts, max_new_tokens, sampling, **options):
+        texts[row].append(token)
     return texts
-
-
-def generate_tensor(model: GPT, idx: Tensor, max_new_tokens: int, *, num_ids: int | None = None,
-                    exact_context: bool = False, **options) -> Tensor:
-    """ idx (B, T) with its continuations, (B, T + max_new_tokens); options are Sampling's """
-    texts = generate(model, idx.tolist(), max_new_tokens, Sampling(**options), num_ids=num_ids,
-                     exact_context=exact_context)
-    return torch.cat((idx, torch.tensor(texts, dtype=idx.dtype, device=idx.device).view(len(idx), -1)), dim=1)

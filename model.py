@@ -3,8 +3,11 @@
 Sizes in the comments: B batch, T positions of the input, V vocabulary, C = n_embd channels,
 nh = n_head heads of hs = C / nh channels each; with a cache, S positions that are seen, the T of the input last.
 """
+import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -53,13 +56,12 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head, self.dropout = config.n_head, config.dropout
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, past: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, recall: Callable | None = None) -> Tensor:
         B, T, C = x.shape
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)   # (B, nh, T, hs) each
                    for part in self.c_attn(x).split(C, dim=2))
-        if past is not None:
-            past[0, :, :, -T:], past[1, :, :, -T:] = k, v
-            k, v = past                                                             # (B, nh, S, hs) each
+        if recall:
+            k, v = recall(k, v)                                                     # (B, nh, S, hs) each
         y = F.scaled_dot_product_attention(q, k, v, attn_mask, self.dropout if self.training else 0.0, is_causal)
         y = y.transpose(1, 2).reshape(B, T, C)                                      # heads side by side again
         return self.resid_dropout(self.c_proj(y))
@@ -89,8 +91,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, past: Tensor | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), attn_mask, is_causal, past)
+    def forward(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, recall: Callable | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), attn_mask, is_causal, recall)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -98,15 +100,33 @@ class KVCache:
     """ keys and values of the positions that a model has seen, so that generating a token computes only its own
 
     batch_size rows of at most capacity positions. Rows of different lengths are padded on the left: padding (B,) says
-    how many of a row's first positions are none. The model writes at length, and moves it on.
+    how many of a row's first positions are none. The model writes at length, and moves it on. While length is an int,
+    only the positions before it are read. After fix_shapes it is a tensor, and all of the capacity is read, under a
+    mask: the same shapes for every token, so that it can be compiled once and be a CUDA graph.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, capacity: int, device: str | torch.device = 'cpu',
                  dtype: torch.dtype = torch.float32, padding: Tensor | None = None):
-        head_size = config.n_embd // config.n_head
-        self.data = torch.zeros(config.n_layer, 2, batch_size, config.n_head, capacity, head_size, device=device,
-                                dtype=dtype)
+        shape = batch_size, config.n_head, capacity, config.n_embd // config.n_head
+        self.layers = [[torch.zeros(shape, device=device, dtype=dtype) for _ in 'kv'] for _ in range(config.n_layer)]
         self.capacity, self.length, self.padding = capacity, 0, padding
+
+    def fix_shapes(self) -> None:
+        """ from now on count the length on the device; whether there is room is not checked any more """
+        self.length = torch.tensor(self.length, device=self.layers[0][0].device)
+
+    def copy_(self, other: 'KVCache') -> None:
+        """ hold what the other one holds, of as many rows and no more positions, in place after fix_shapes """
+        for ours, theirs in zip(self.layers, other.layers, strict=True):
+            for tensor, new in zip(ours, theirs, strict=True):
+                tensor[:, :, :other.length] = new[:, :, :other.length]
+        self.length.fill_(other.length)
+        self.padding[:] = 0 if other.padding is None else other.padding
+
+    def recall(self, layer: int, places: Tensor, S: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """ write k and v (B, nh, T, hs) at their places (T,), return those of the first S positions """
+        keys, values = self.layers[layer]
+        return keys.index_copy_(2, places, k)[:, :, :S], values.index_copy_(2, places, v)[:, :, :S]
 
 
 class GPT(nn.Module):
@@ -140,27 +160,28 @@ class GPT(nn.Module):
             if name.endswith('c_proj.weight'):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
-    def _embed(self, idx: Tensor, cache: KVCache | None) -> Tensor:
+    def _embed(self, idx: Tensor, cache: KVCache | None, places: Tensor) -> Tensor:
         """ ids (B, T) to vectors (B, T, C): what the token is plus where it stands """
-        start = cache.length if cache else 0
-        positions = self.transformer.wpe.weight[start:start + idx.shape[1]]   # (T, C)
-        if cache and cache.padding is not None:   # a padded row begins later
-            places = torch.arange(start, start + idx.shape[1], device=idx.device) - cache.padding[:, None]
-            positions = self.transformer.wpe(places.clamp(min=0))             # (B, T, C)
+        if cache is None:
+            positions = self.transformer.wpe.weight[:idx.shape[1]]            # (T, C)
+        elif cache.padding is None:
+            positions = self.transformer.wpe(places)                          # (T, C)
+        else:   # a padded row begins later
+            positions = self.transformer.wpe((places - cache.padding[:, None]).clamp(min=0))   # (B, T, C)
         return self.transformer.drop(self.transformer.wte(idx) + positions)
 
-    def _visible(self, T: int, cache: KVCache | None) -> tuple[Tensor | None, bool]:
+    def _visible(self, cache: KVCache | None, places: Tensor, S: int) -> tuple[Tensor | None, bool]:
         """ (attn_mask, is_causal) of one forward: the only place that decides which positions a position sees
 
         Text before an end-of-text token stays visible: documents are told apart by the token, as GPT-2 was trained.
         """
-        if cache is None or cache.length == 0 and cache.padding is None:
+        T = len(places)
+        if cache is None or S == T and cache.padding is None:
             return None, True
-        if T == 1 and cache.padding is None:
+        if T == 1 and cache.padding is None and not isinstance(cache.length, Tensor):
             return None, False
         # is_causal would align the triangle at the first key, not at the last
-        keys = torch.arange(cache.length + T, device=cache.data.device)       # (S,)
-        queries = keys[-T:, None]                                             # (T, 1)
+        keys, queries = torch.arange(S, device=places.device), places[:, None]
         mask = keys <= queries                                                # (T, S)
         if cache.padding is not None:
             shown = keys >= cache.padding[:, None, None]                      # (B, 1, S)
@@ -175,15 +196,17 @@ class GPT(nn.Module):
         Without: logits (B, 1, V) of the last position and None. ValueError if they do not fit block_size or the cache.
         """
         T, start = idx.shape[1], cache.length if cache else 0
-        if start + T > (limit := min(self.config.block_size, cache.capacity) if cache else self.config.block_size):
-            raise ValueError(f"{start + T} tokens do not fit block_size={limit}, crop them")
-        x = self._embed(idx, cache)                            # (B, T, C)
-        attn_mask, is_causal = self._visible(T, cache)
+        S = cache.capacity if isinstance(start, Tensor) else start + T
+        if S > (limit := min(self.config.block_size, cache.capacity) if cache else self.config.block_size):
+            raise ValueError(f"{S} tokens do not fit block_size={limit}, crop them")
+        places = start + torch.arange(T, device=idx.device)    # (T,)
+        x = self._embed(idx, cache, places)                    # (B, T, C)
+        attn_mask, is_causal = self._visible(cache, places, S)
         for i, block in enumerate(self.transformer.h):
             if self.grad_checkpoint and self.training:
                 x = checkpoint(block, x, attn_mask, is_causal, use_reentrant=False)   # https://arxiv.org/abs/1604.06174
             else:
-                x = block(x, attn_mask, is_causal, cache.data[i, ..., :start + T, :] if cache else None)
+                x = block(x, attn_mask, is_causal, partial(cache.recall, i, places, S) if cache else None)
         if cache:
             cache.length += T
         x = self.transformer.ln_f(x)
@@ -239,7 +262,42 @@ class GPT(nn.Module):
         """ idx (B, T) with max_new_tokens more tokens, each drawn from the softmax of logits / temperature
 
         temperature 0 takes the likeliest token. top_k keeps the k likeliest, None or 0 keeps all. options: those of
-        engine.Sampling and engine.generate.
+        engine.stream.
         """
-        from engine import generate_tensor
-        return generate_tensor(self, idx, max_new_tokens, temperature=temperature, top_k=top_k, **options)
+        from engine import Sampling, generate
+        texts = generate(self, idx.tolist(), max_new_tokens, Sampling(temperature, top_k), **options)
+        return torch.cat((idx, torch.tensor(texts, dtype=idx.dtype, device=idx.device)), dim=1)
+
+
+# ---- generating on a GPU without waiting for Python
+
+STATIC = dict(fullgraph=True, dynamic=False, mode='reduce-overhead')   # for torch.compile
+
+
+class CompiledStep:
+    """ one token for each row, by torch.compile(model, **STATIC): compiled once for so many rows, on CUDA one graph
+
+    A graph wants the same shapes and addresses each time, so this has caches of its own, of full size.
+    """
+
+    def __init__(self, compiled: GPT):
+        self.model, self.caches = compiled, {}   # by the number of rows
+
+    def adopt(self, cache: KVCache) -> KVCache:
+        """ the fixed cache for as many rows, holding what this one holds """
+        if isinstance(cache.length, Tensor):
+            return cache
+        keys, config = cache.layers[0][0], self.model.config
+        if (rows := len(keys)) not in self.caches:
+            padding = torch.zeros(rows, dtype=torch.int64, device=keys.device)
+            fixed = KVCache(config, rows, config.block_size, keys.device, keys.dtype, padding)
+            self.caches[rows] = fixed
+            fixed.fix_shapes()
+            for tensor in (fixed.length, fixed.padding, *itertools.chain(*fixed.layers)):
+                torch._dynamo.mark_static_address(tensor)
+        self.caches[rows].copy_(cache)
+        return self.caches[rows]
+
+    def __call__(self, ids: Tensor, cache: KVCache) -> tuple[Tensor, None]:
+        """ what the model returns, logits (B, 1, V) and None """
+        return self.model(ids, cache=cache)[0].clone(), None   # the next run of the graph overwrites it

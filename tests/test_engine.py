@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
-from engine import Sampling, generate
+from engine import Sampling, generate, stream
 from model import GPT, GPTConfig, KVCache
 
 
@@ -126,15 +126,20 @@ def test_a_seed_gives_its_text_in_any_batch(model, exact_context):
     assert together == alone and len({tuple(text) for text in alone}) == 6
 
 
-def test_a_row_ends_by_itself(model):
-    free = generate(model, [prompt(3), prompt(4, 1)], 30, Sampling(), seeds=[1, 2])
-    last, seen = free[0][4], []
-    texts = generate(model, [prompt(3), prompt(4, 1)], 30, Sampling(), seeds=[1, 2],
-                     is_over=lambda ids: ids[-1] == last, on_token=lambda row, token: seen.append((row, token)))
-    for text, whole in zip(texts, free, strict=True):
-        end = whole.index(last) + 1 if last in whole else len(whole)
-        assert text == whole[:end]
-    assert [token for row, token in seen if row == 0] == texts[0] and len(seen) == sum(map(len, texts))
+@pytest.mark.parametrize('most_rows', [1, 2, 3, 4, 5, None])
+def test_rows_end_by_themselves_in_batches_of_any_size(model, most_rows):
+    """ each token is streamed once, a row's last one is marked, and the end of a row does not disturb the others """
+    prompts, options = [prompt(3), prompt(14, 1)], dict(num_samples=2, seeds=[1, 2, 3, 4])
+    free = generate(model, prompts, 30, Sampling(), **options)
+    stop, seen = free[0][4], []
+    for row, token, last in stream(model, prompts, 30, Sampling(), is_over=lambda ids: ids[-1] == stop,
+                                   most_rows=most_rows, **options):
+        assert not any(row == ended and over for ended, _, over in seen)
+        seen.append((row, token, last))
+    for row, whole in enumerate(free):
+        end = whole.index(stop) + 1 if stop in whole else len(whole)
+        assert [token for at, token, _ in seen if at == row] == whole[:end]
+    assert sum(last for _, _, last in seen) == 4 and len({len(whole) for whole in free}) == 1
 
 
 def test_the_cache_has_the_type_of_the_products(model):
