@@ -16,10 +16,9 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from common import atomic_write, fail, first_line, gather, is_rank_0, print0
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, empty_model
 
 LATEST, PREVIOUS, BEST = 'ckpt.pt', 'ckpt_prev.pt', 'ckpt_best.pt'
 PARTS = ('model', 'model_args')   # what makes a file a checkpoint
@@ -112,7 +111,7 @@ class Saver:
 
         def copy(tensor):
             devices.add(tensor.device.type)
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            whole = tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
             return self._buffer(tensor).copy_(whole, non_blocking=True) if is_rank_0() else None
         with torch.no_grad():
             snapshot = _map(copy, state)
@@ -223,8 +222,7 @@ def build_model(checkpoint: dict, **changes) -> GPT:
     """ the model of a loaded checkpoint, which gives its tensors away; changes override fields such as dropout """
     try:
         config = GPTConfig(**{**checkpoint['model_args'], **changes})
-        with torch.device('meta'):   # no memory and no random numbers for weights that are replaced at once
-            model = GPT(config)
+        model = empty_model(config)
         model.load_state_dict(checkpoint['model'], assign=True)
     except (TypeError, ValueError, RuntimeError) as error:   # unknown field, impossible value, other tensors
         fail(f"the checkpoint's model is not one of ours: {' '.join(str(error).split())[:300]}")
@@ -239,7 +237,8 @@ def _fit(moment: Tensor, parameter: Tensor) -> Tensor:
     moment = moment[:len(parameter)]
     if moment.shape != parameter.shape:
         raise ValueError(f"a moment has shape {tuple(moment.shape)}, its parameter {tuple(parameter.shape)}")
-    if isinstance(parameter, DTensor):
+    if hasattr(parameter, 'full_tensor'):   # FSDP's
+        from torch.distributed.tensor import distribute_tensor
         return distribute_tensor(moment.to(parameter.device), parameter.device_mesh, parameter.placements)
     return moment
 

@@ -7,6 +7,7 @@ GPT.generate is a thin door to it. What is not here: the model (model.py), text 
 """
 import contextlib
 import copy
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -88,8 +89,7 @@ def _int8(x: Tensor, weight: tuple[Tensor, Tensor], bias: Tensor | None) -> Tens
     rows = x.flatten(0, -2)
     few = len(rows) <= 32   # the kernel reads all weights for every few rows
     y = torch._weight_int8pack_mm(rows, q, scale) if few else F.linear(rows, q.to(x.dtype)) * scale
-    y = y.view(*x.shape[:-1], -1)
-    return y if bias is None else y + bias
+    return y.view(*x.shape[:-1], -1) + (0 if bias is None else bias)
 
 
 class _Product(nn.Module):
@@ -118,10 +118,13 @@ def _packed(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
 
 def _quantized(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
     """ torchao's int8 weights, each output with its scale; on the CPU PyTorch has the quicker kernel for them """
+    logging.disable(logging.WARNING)   # of parts of torchao that are not used here
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError:
         raise ValueError("quantize=int8 needs torchao: pip install torchao") from None
+    finally:
+        logging.disable(logging.NOTSET)
     dtype = torch.bfloat16   # the only one that is fast
     quantize_(layer := nn.Sequential(copy.deepcopy(linear).to(dtype)), Int8WeightOnlyConfig())
     weight = layer[0].weight
@@ -278,8 +281,7 @@ def stream(model: GPT, prompts: list[list[int]], max_new_tokens: int, sampling: 
     """
     if not prompts or not all(prompts):
         raise ValueError("the prompt is empty, start with at least one token")
-    if seeds is None:
-        seeds = torch.randint(2**62, (len(prompts) * num_samples,)).tolist()
+    seeds = seeds or torch.randint(2**62, (len(prompts) * num_samples,)).tolist()
     most_rows = most_rows or rows_in_memory(model, max(map(len, prompts)) + max_new_tokens)
     for begin in range(0, len(seeds), most_rows):
         rows = list(range(begin, min(begin + most_rows, len(seeds))))

@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 
@@ -267,6 +268,23 @@ class GPT(nn.Module):
         from engine import Sampling, generate
         texts = generate(self, idx.tolist(), max_new_tokens, Sampling(temperature, top_k), **options)
         return torch.cat((idx, torch.tensor(texts, dtype=idx.dtype, device=idx.device)), dim=1)
+
+
+# ---- a model for weights that come from elsewhere
+
+class _NoInit(TorchFunctionMode):
+    """ leaves out torch.nn.init, which on the meta device would do nothing but import half of PyTorch """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, '__module__', '') == 'torch.nn.init':
+            return args[0] if args else kwargs['tensor']
+        return function(*args, **kwargs or {})
+
+
+def empty_model(config: GPTConfig) -> GPT:
+    """ a model that takes no memory and no random numbers until load_state_dict(..., assign=True) """
+    with torch.device('meta'), _NoInit():
+        return GPT(config)
 
 
 # ---- generating on a GPU without waiting for Python

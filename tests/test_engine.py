@@ -1,5 +1,8 @@
 """ engine.py: the cache against no cache, the sampling against Hugging Face's processors and against arithmetic. """
+import copy
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
-from engine import Sampling, generate, stream
-from model import GPT, GPTConfig, KVCache
+import engine
+from engine import Sampling, generate, prepare, stream
+from model import GPT, STATIC, CompiledStep, GPTConfig, KVCache
 
 
 @pytest.fixture
@@ -206,3 +210,103 @@ def test_an_empty_prompt_is_refused(model):
     for prompts in ([], [[]], [[1], []]):
         with pytest.raises(ValueError, match='the prompt is empty'):
             generate(model, prompts, 1)
+
+
+# ---- weights for speed
+
+@pytest.fixture
+def small():
+    """ in float32, with sizes that every kernel takes; vocabulary 96 """
+    torch.manual_seed(0)
+    return GPT(GPTConfig(block_size=64, vocab_size=96, n_layer=2, n_head=2, n_embd=64)).eval()
+
+
+def kinds(model):
+    return {name: type(layer) for name, layer in model.named_modules() if 'c_' in name or name == 'lm_head'}
+
+
+def choose(monkeypatch, name):
+    """ let prepare find the other kind slower """
+    times = iter([2.0, 1.0] * 9 if name == '_packed' else [1.0, 2.0] * 9)
+    monkeypatch.setattr('torch.utils.benchmark.Timer.timeit', lambda self, number: SimpleNamespace(mean=next(times)))
+
+
+@pytest.mark.parametrize('kind', ['_packed', '_plain'])
+@pytest.mark.parametrize('T', [1, 3, 40])
+@torch.no_grad()
+def test_weights_laid_out_for_speed_give_the_same_logits(small, monkeypatch, kind, T):
+    before = {name: tensor.clone() for name, tensor in small.state_dict().items()}
+    choose(monkeypatch, kind)
+    ours, x = prepare(small), torch.randint(96, (2, T))
+    assert (ours(x, x)[0] - small(x, x)[0]).abs().max() < 1e-5
+    assert set(kinds(ours).values()) == {torch.nn.Linear if kind == '_plain' else engine._Product}
+    assert set(kinds(small).values()) == {torch.nn.Linear} and not small.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in small.state_dict().items())
+    assert ours.transformer.wte.weight is small.transformer.wte.weight
+
+
+@pytest.mark.parametrize('kind', ['_packed', '_plain'])
+@torch.no_grad()
+def test_bfloat16_products_are_those_of_autocast(small, monkeypatch, kind):
+    choose(monkeypatch, kind)
+    x = torch.randint(96, (2, 9))
+    with torch.autocast('cpu', torch.bfloat16):
+        expected = small(x, x)[0]
+    got = prepare(small, torch.bfloat16)(x, x)[0]
+    assert got.dtype == torch.bfloat16 and (got.float() - expected.float()).abs().max() < 2e-2
+    assert (got.float() - small(x, x)[0]).abs().max() > 1e-4
+
+
+def test_without_onednn_weights_stay_as_they_are(small, monkeypatch):
+    def missing(linear, dtype):
+        raise RuntimeError("could not create a primitive")
+    monkeypatch.setattr(engine, '_packed', missing)
+    assert set(kinds(prepare(small)).values()) == {torch.nn.Linear}
+
+
+@pytest.mark.parametrize('T', [1, 50])
+@torch.no_grad()
+def test_int8_is_near(small, T):
+    """ against the logits of weights rounded by arithmetic: 127 steps to the largest weight of each output """
+    ours, x = prepare(small, quantize='int8'), torch.randint(96, (1, T))
+    expected = small(x, x)[0]
+    rounded = copy.deepcopy(small)
+    for layer in rounded.modules():
+        if isinstance(layer, torch.nn.Linear):
+            step = layer.weight.abs().amax(dim=1, keepdim=True) / 127
+            layer.weight = torch.nn.Parameter((layer.weight / step).round() * step)
+    got = ours(x, x)[0].float()
+    assert (got - rounded(x, x)[0]).abs().max() < 3e-2 and (got - expected).abs().max() < 5e-2
+    assert generate(ours, [[1], [2, 3]], 30, Sampling(temperature=0))   # the cache is of the products' type
+
+
+def test_quantize_says_what_is_missing(small, monkeypatch):
+    with pytest.raises(ValueError, match='quantize=int4 is not int8'):
+        prepare(small, quantize='int4')
+    monkeypatch.setitem(sys.modules, 'torchao.quantization', None)
+    with pytest.raises(ValueError, match='pip install torchao'):
+        prepare(small, quantize='int8')
+
+
+def test_rows_in_memory_are_fewer_when_texts_are_longer(small):
+    assert 1 <= engine.rows_in_memory(small, 64) == engine.rows_in_memory(small, 999) < engine.rows_in_memory(small, 9)
+    large = GPT(GPTConfig(block_size=1024, vocab_size=96, n_layer=1, n_head=1, n_embd=2**12)).to('meta')
+    large.config.n_layer = 10**6
+    assert engine.rows_in_memory(large, 1024) == 1
+
+
+# ---- one shape for every token
+
+@pytest.mark.slow
+def test_a_compiled_step_is_compiled_once_and_gives_the_same_texts(model):
+    """ for prompts of several lengths, past block_size, in one call and the next, and where rows end early """
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    step = CompiledStep(torch.compile(model, **STATIC))
+    for prompts, options in (([prompt(5), prompt(1, 1), prompt(20, 2)], {}),
+                             ([prompt(9, 3)], dict(num_samples=3, is_over=lambda ids: ids[-1] % 5 == 0))):
+        options |= dict(seeds=[7, 8, 9], sampling=Sampling(top_k=20))
+        texts = generate(model, prompts, 40, step=step, **options)
+        assert texts == generate(model, prompts, 40, **options)
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
+    assert len(step.caches) == 1 and len({len(text) for text in texts}) > 1

@@ -1,9 +1,18 @@
 """ sample.py, the real script, on a small trained run. """
+import contextlib
+import hashlib
+import io
+import json
 import os
+import pty
+import re
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import ROOT, TINY
 
 from checkpoint import build_model, load
 
@@ -65,9 +74,17 @@ def test_a_long_prompt_is_cropped_with_a_note(trained, script, capsys):
     (['--num_samples=0'], '--num_samples=0'), (['--max_new_tokens=0'], '--max_new_tokens=0'),
     (['--ckpt=old'], '--ckpt=old'),
     (['--out_dir=gone'], "no checkpoint in 'gone'; --out_dir=out has one"), (['--init_from=gpt9'], '--init_from=gpt9'),
+    (['--prompts=none.txt'], 'none.txt'), (['--prompts=empty.txt'], 'empty.txt has no prompts'),
+    (['--prompts=numbers.json'], 'numbers.json has no prompts'), (['--prompts=half.json'], 'half.json'),
+    (['--prompts=binary'], "can't decode byte 0xff"), (['--prompts=foreign.txt'], "not in the vocabulary: 'Z'"),
+    (['--interactive=True', '--out=x.json'], '--interactive=True'), (['--top_p=2'], 'top_p=2.0'),
+    (['--quantize=int4'], 'quantize=int4 is not int8'),
     (['--temprature=1'], "did you mean 'temperature'?")])
 def test_wrong_input(trained, fails, options, words):
     open('binary', 'wb').write(b'\xff\xfe')
+    for name, content in (('empty.txt', '\n\n'), ('numbers.json', '[1, 2]'), ('half.json', '["abc", '),
+                          ('foreign.txt', 'abc\nZ')):
+        open(name, 'w').write(content)
     assert words in fails('sample.py', *SHORT, *options)[1]
 
 
@@ -102,10 +119,155 @@ def test_gpt2_tokens_never_come_from_the_padding(here, script, capsys, start):
     assert len(samples) == 2 and all(text.startswith(start or '<|endoftext|>') for text in samples)
 
 
-@pytest.mark.slow
-def test_compiled_sampling(trained, script, capsys):
-    script('sample.py', *SHORT, '--start=abc', '--temperature=0')
+def test_compile_on_a_cpu_changes_nothing(trained, script, capsys):
+    """ and takes no time: the layout of the weights is what makes generation faster there """
+    script('sample.py', *SHORT, '--start=abc')
     eager = texts(capsys)
-    script('sample.py', *SHORT, '--start=abc', '--temperature=0', '--compile=True')
-    out = capsys.readouterr().out
-    assert 'warning' not in out and out.split('\n---------------\n')[:-1] == eager
+    script('sample.py', *SHORT, '--start=abc', '--compile=True')
+    assert texts(capsys) == eager
+
+
+# ---- where texts end
+
+def test_a_stop_ends_each_sample_by_itself(trained, script, capsys):
+    script('sample.py', *SHORT, '--num_samples=9', '--max_new_tokens=30', '--start=abc', '--temperature=3')
+    free = texts(capsys)
+    script('sample.py', *SHORT, '--num_samples=9', '--max_new_tokens=30', '--start=abc', '--temperature=3',
+           '--stop=["e", "fg"]')
+    ends = [min(text.find(stop) if stop in text else 99 for stop in ('e', 'fg')) for text in free]
+    assert texts(capsys) == [text[:end] for text, end in zip(free, ends, strict=True)] and len(set(ends)) > 3
+
+
+@pytest.fixture
+def gpt2(here):
+    """ a tiny model of GPT-2's tokens, in out, that ends every text at its third token """
+    from checkpoint import save
+    from model import GPT, GPTConfig
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(8, 50304, 1, 1, 8))
+    with torch.no_grad():   # what stands at position 3 and no other leads to id 50256
+        model.transformer.wpe.weight[3] = 100 * torch.nn.functional.one_hot(torch.tensor(5), 8)
+        model.transformer.wpe.weight[[0, 1, 2, 4, 5, 6, 7], 5] = -100
+        model.lm_head.weight[50256] = 30 * torch.nn.functional.one_hot(torch.tensor(5), 8)
+    save('out/ckpt.pt',
+         {'model': model.state_dict(), 'model_args': model.config.model_args(), 'tokenizer': {'name': 'gpt2'}})
+
+
+def test_a_text_ends_where_its_document_does(gpt2, script, capsys):
+    script('sample.py', *SHORT, '--start=Hello World', '--temperature=0.01')
+    ended = texts(capsys)
+    script('sample.py', *SHORT, '--start=Hello World', '--temperature=0.01', '--stop_at_eot=False')
+    free = texts(capsys)
+    assert ended == [text.split('<|endoftext|>')[0] for text in free] and all('<|endoftext|>' in text for text in free)
+
+
+# ---- several prompts
+
+@pytest.mark.parametrize('name, content, prompts', [
+    ('lines.txt', 'abc\n\na\nabcdefgh\n', ['abc', 'a', 'abcdefgh']), ('windows.txt', '\ufeffabc\r\nde', ['abc', 'de']),
+    ('list.json', '["abc", "a\\nb", ""]', ['abc', 'a\nb', '\n'])])
+def test_a_file_of_prompts(trained, script, capsys, name, content, prompts):
+    """ each prompt has the samples that it has alone, in order """
+    with open(name, 'w', encoding='utf-8', newline='') as file:
+        file.write(content)
+    script('sample.py', *SHORT, f'--prompts={name}')
+    together, alone = texts(capsys), []
+    for prompt in prompts:
+        script('sample.py', *SHORT, f'--start={prompt}')
+        alone += texts(capsys)
+    assert together == alone
+
+
+def results(path='results.json'):
+    """ what is in it; NaN and Infinity, which are no JSON, fail """
+    return json.load(open(path, encoding='utf-8'), parse_constant=lambda name: pytest.fail(name))
+
+
+def test_results_as_json(trained, script, capsys):
+    open('prompts.txt', 'w').write('abc\na')
+    options = ['--prompts=prompts.txt', '--num_samples=3', '--stop=e', '--max_new_tokens=12', '--temperature=3']
+    script('sample.py', *SHORT, *options)
+    printed = texts(capsys)
+    script('sample.py', *SHORT, *options, '--out=results.json')
+    out, err = capsys.readouterr()
+    state = results()
+    assert out == '' and state['complete'] and [each['prompt'] for each in state['results']] == ['abc', 'a']
+    samples = [(each['prompt'], sample) for each in state['results'] for sample in each['samples']]
+    assert [prompt + sample['text'] for prompt, sample in samples] == printed
+    assert [sample['seed'] for _, sample in samples] == [1337, 1338, 1339] * 2
+    assert {sample['finish'] for _, sample in samples} == {'stop', 'length'}
+    assert all(sample['num_tokens'] == len(sample['text']) + (sample['finish'] == 'stop') for _, sample in samples)
+    model = state['model']
+    assert model['checkpoint'] == os.path.join('out', 'ckpt_best.pt') and model['iter_num'] == 2
+    assert model['sha256'] == hashlib.sha256(open('out/ckpt_best.pt', 'rb').read()).hexdigest()
+    assert model['model_args'] == load('out/ckpt_best.pt')['model_args']
+    assert state['options']['temperature'] == 3.0 and state['options']['stop'] == 'e'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interruption_leaves_what_is_finished(trained, processes, script, number, code):
+    open('prompts.txt', 'w').write('abc\na\nabcd')
+    options = ['--prompts=prompts.txt', '--num_samples=3', '--out=results.json', '--dtype=float32']
+    slow = "import engine, time; draw = engine.Sampling.draw; " \
+           "engine.Sampling.draw = lambda *inputs: (print('one more', flush=True), time.sleep(0.01), draw(*inputs))[2]; " \
+           "engine.rows_in_memory = lambda model, length: 1"   # one after the other
+    run = processes(1, 'sample.py', *SHORT, *options, patch=slow)
+    run.wait_for('one more\n' * 27)   # of 6 each: the fifth is not finished
+    run.kill(number)
+    assert run.wait() == [code] and 'Traceback' not in run.text()
+    half = results()
+    script('sample.py', *SHORT, *options)
+    whole = results()
+    numbers = [len(each['samples']) for each in half['results']]
+    assert not half['complete'] and whole['complete'] and numbers[0] == 3 and 1 <= numbers[1] <= 3 and sum(numbers) < 9
+    for some, every in zip(half['results'], whole['results'], strict=True):
+        assert some['samples'] == every['samples'][:len(some['samples'])] and some['prompt'] == every['prompt']
+
+
+def test_results_that_cannot_be_written_fail_before_the_work(trained, fails, monkeypatch):
+    monkeypatch.setattr('engine.stream', lambda *inputs: pytest.fail("too late"))
+    assert 'no/folder' in fails('sample.py', *SHORT, '--out=no/folder/results.json')[1]
+
+
+# ---- for a person
+
+def test_speed_is_told_on_stderr(trained, script, capsys):
+    script('sample.py', *SHORT)
+    assert re.search(r'\n12 tokens in [\d.]+ s, [\d,]+ tok/s, the first after [\d.]+ s\n$', capsys.readouterr().err)
+
+
+def test_a_conversation(trained, script, capsys, monkeypatch):
+    """ one continuation of each line; what cannot be encoded is said, and it goes on """
+    monkeypatch.setattr('sys.stdin', io.StringIO('abc\naZ\nab\n'))
+    with pytest.raises(SystemExit, match='0'):
+        script('sample.py', *SHORT, '--interactive=True')
+    out, err = capsys.readouterr()
+    said, expected = out.split('\n'), []
+    for start, seed in (('abc', 1337), ('ab', 1339)):
+        script('sample.py', *SHORT, f'--start={start}', f'--seed={seed}', '--num_samples=1')
+        expected.append(texts(capsys)[0][len(start):])
+    assert out == ''.join(text + '\n' for text in expected) and said[0] != said[1]
+    assert "not in the vocabulary: 'Z'" in err
+
+
+@pytest.mark.slow
+def test_a_single_text_comes_as_it_is_made_on_a_terminal(trained):
+    """ piece by piece, in nanoGPT's format, and nothing of a stop; a pipe gets the same """
+    command = [sys.executable, os.path.join(ROOT, 'sample.py'), *SHORT, '--num_samples=1', '--max_new_tokens=40',
+               '--start=abc', '--stop=gg', '--temperature=3']
+    expected = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    slow = "import engine, time, runpy, sys; draw = engine.Sampling.draw; sys.argv = sys.argv[1:]; " \
+           "engine.Sampling.draw = lambda *inputs: (time.sleep(0.02), draw(*inputs))[1]; " \
+           "runpy.run_path(sys.argv[0], run_name='__main__')"
+    terminal, end = pty.openpty()
+    run = subprocess.Popen([sys.executable, '-c', slow, *command[1:]], stdout=end, stderr=subprocess.PIPE,
+                           env={**os.environ, 'PYTHONPATH': ROOT})
+    os.close(end)
+    pieces = []
+    with contextlib.suppress(OSError):   # how a terminal ends on Linux
+        while piece := os.read(terminal, 1000):
+            pieces.append(piece)
+    run.communicate()
+    assert b''.join(pieces).decode().replace('\r\n', '\n') == expected and run.returncode == 0
+    assert len(pieces) > len(expected) / 2
