@@ -392,14 +392,15 @@ def test_pip_that_hangs_is_given_up(monkeypatch):
 # ---- where a generated text ends
 
 @pytest.mark.parametrize('stop, stops', [
-    ('', []), ('ab', ['ab']), ('\\n\\n', ['\n\n']), ('\n', ['\n']), ('["a\\n", "", "[c"]', ['a\n', '[c']), ('[x]', ['[x]']),
-    ('42', ['42']), ('[]', [])])
+    ('', []), ('ab', ['ab']), ('\\n\\n', ['\n\n']), ('\n', ['\n']), ('["a\\n", "", "[c"]', ['a\n', '[c']),
+    ('[x]', ['[x]']), ('42', ['42']), ('[]', [])])
 def test_stops_are_a_string_or_a_list(stop, stops):
     assert Ending(CharTokenizer('abc'), stop).stops == stops
 
 
 @pytest.mark.parametrize('name', ['char', 'gpt2'])
-@pytest.mark.parametrize('stop', ['\n\nQ', ' friend', 'd\n', 'nd', '\u00e9\u00e8', '\U0001f600!', '["zzz", "iend", "o, w"]'])
+@pytest.mark.parametrize('stop', ['\n\nQ', ' friend', 'd\n', 'nd', '\u00e9\u00e8', '\U0001f600!',
+                                  '["zzz", "iend", "o, w"]'])
 def test_a_stop_ends_a_text_wherever_tokens_begin_and_end(name, stop):
     """ token by token: over exactly when the text so far has the stop; what is shown early never changes """
     text = 'Hello, wonderful friend\n\nQuestion: caf\u00e9\u00e8 \U0001f600! friends\n'
@@ -420,7 +421,8 @@ def test_a_stop_ends_a_text_wherever_tokens_begin_and_end(name, stop):
 
 def test_what_is_shown_early_is_all_that_is_certain():
     ending = Ending(CharTokenizer('ab\n'), '\n\na')
-    assert [ending.text(list(map('ab\n'.index, text)), whole=False) for text in ('a', 'a\n', 'a\n\n', 'a\n\nb', 'a\nb')] \
+    made = ('a', 'a\n', 'a\n\n', 'a\n\nb', 'a\nb')
+    assert [ending.text(list(map('ab\n'.index, text)), whole=False) for text in made] \
         == ['a', 'a', 'a', 'a\n\nb', 'a\nb']
 
 

@@ -210,7 +210,7 @@ def test_an_interruption_leaves_what_is_finished(trained, processes, script, num
     open('prompts.txt', 'w').write('abc\na\nabcd')
     options = ['--prompts=prompts.txt', '--num_samples=3', '--out=results.json', '--dtype=float32']
     slow = "import engine, time; draw = engine.Sampling.draw; " \
-           "engine.Sampling.draw = lambda *inputs: (print('one more', flush=True), time.sleep(0.01), draw(*inputs))[2]; " \
+           "engine.Sampling.draw = lambda *inputs: (print('one more', flush=True), time.sleep(0.01), draw(*inputs))[2];" \
            "engine.rows_in_memory = lambda model, length: 1"   # one after the other
     run = processes(1, 'sample.py', *SHORT, *options, patch=slow)
     run.wait_for('one more\n' * 27)   # of 6 each: the fifth is not finished

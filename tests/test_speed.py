@@ -233,5 +233,6 @@ def test_the_first_text_comes_soon(here):
         5, 1, 1, lambda: subprocess.run(command, capture_output=True, check=True),
         lambda: subprocess.run([sys.executable, '-c', 'import torch'], check=True)))
     beyond = statistics.median(ours) - statistics.median(importing)
-    print(f"sample.py {statistics.median(ours):.2f} s, import torch {statistics.median(importing):.2f}: {beyond:.2f} more")
+    print(f"\nsample.py {statistics.median(ours):.2f} s, import torch {statistics.median(importing):.2f}, "
+          f"difference {beyond:.2f}")
     assert beyond <= 1.5
