@@ -42,6 +42,7 @@ def test_tokens_per_second_are_those_of_a_slow_model(here, script, capsys, monke
     (['--mode=train'], '--mode=train is not generate'), (['--num_samples=0'], '--num_samples=0'),
     (['--prompt_length=0'], '--prompt_length=0'), (['--repeats=0'], '--repeats=0'), (['--n_head=3'], 'n_head=3'),
     (['--quantize=int4'], 'quantize=int4'), (['--temperature=-1'], 'temperature=-1'),
-    (['--dtype=int8'], '--dtype=int8'), (['--device=tpu'], '--device=tpu'), (['--batchsize=1'], "unknown key 'batchsize'")])
+    (['--dtype=int8'], '--dtype=int8'), (['--device=tpu'], '--device=tpu'),
+    (['--batchsize=1'], "unknown key 'batchsize'")])
 def test_wrong_input(here, fails, options, words):
     assert words in fails('bench.py', *TINY, *options)[1]

@@ -209,8 +209,8 @@ def test_results_as_json(trained, script, capsys):
 def test_an_interruption_leaves_what_is_finished(trained, processes, script, number, code):
     open('prompts.txt', 'w').write('abc\na\nabcd')
     options = ['--prompts=prompts.txt', '--num_samples=3', '--out=results.json', '--dtype=float32']
-    slow = "import engine, time; draw = engine.Sampling.draw; " \
-           "engine.Sampling.draw = lambda *inputs: (print('one more', flush=True), time.sleep(0.01), draw(*inputs))[2];" \
+    slow = "import engine, time; draw = engine.Sampling.draw; say = lambda: print('one more', flush=True)\n" \
+           "engine.Sampling.draw = lambda *inputs: (say(), time.sleep(0.01), draw(*inputs))[2]\n" \
            "engine.rows_in_memory = lambda model, length: 1"   # one after the other
     run = processes(1, 'sample.py', *SHORT, *options, patch=slow)
     run.wait_for('one more\n' * 27)   # of 6 each: the fifth is not finished
