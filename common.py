@@ -13,7 +13,7 @@ import torch.distributed as dist
 PEAK_BF16 = {'GB200': 2500, 'B200': 2250, 'H200 NVL': 835, 'H200': 989, 'H100 NVL': 835, 'H100 PCIe': 756, 'H100': 989,
              'A100': 312, 'L40S': 362, 'L4': 121, 'A10': 125, 'RTX 4090': 165.2, 'RTX 3090': 71}
 PEAK_FP16 = {**PEAK_BF16, 'V100S': 130, 'V100-PCIE': 112, 'V100': 125, 'T4': 65}   # the last four have no bfloat16
-NOT_THE_WHOLE_CARD = r'\b(MIG|Laptop|Max-Q|Ti|D)\b'   # same family name, another peak
+WHOLE = r'(?!.*\b(MIG|Laptop|Max-Q|Ti|D)\b)'   # these have the family's name and another peak
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 
@@ -122,8 +122,7 @@ def device_name(device: str) -> str:
 def peak_flops(name: str, dtype: torch.dtype) -> float | None:
     """ dense peak in FLOP/s of the named device for products in dtype; None where it is not known for sure """
     table = {torch.bfloat16: PEAK_BF16, torch.float16: PEAK_FP16}.get(dtype, {})
-    table = {} if re.search(NOT_THE_WHOLE_CARD, name) else table
-    return next((peak * 1e12 for family, peak in table.items() if re.search(rf'\b{family}\b', name)), None)
+    return next((peak * 1e12 for family, peak in table.items() if re.match(rf'{WHOLE}.*\b{family}\b', name)), None)
 
 
 def peak_memory(device: str) -> int | None:
@@ -181,7 +180,8 @@ def gather(*numbers: float) -> list[list[float]]:
 @contextlib.contextmanager
 def atomic_write(path: str, previous: str = '') -> Iterator[IO[bytes]]:
     """ a file that stands under path, whole, when the block ends, or path stays; previous keeps what stood there """
-    path = os.path.realpath(path)   # through a link, not over it
+    if os.path.exists(path := os.path.realpath(path)) and not os.path.isfile(path):   # through a link, not over it
+        raise OSError(f"{path} is not a file")
     try:
         with open(temporary := f'{path}.tmp', 'wb') as file:
             yield file

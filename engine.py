@@ -9,16 +9,16 @@ import contextlib
 import copy
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import GPT, CompiledStep, KVCache
+from model import GPT, CompiledStep
 
 # ---- sampling
 
@@ -40,6 +40,7 @@ class Sampling:
                 ('repetition_penalty', self.repetition_penalty > 0, "must be above 0")):
             if not good:
                 raise ValueError(f"{name}={getattr(self, name)} {wanted}")
+        self.temperature *= self.temperature >= 1e-6   # less would overflow float32
 
     def scores(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
         """ logits (B, V) as float32 scores, -inf for what cannot be drawn; seen (B, V): which ids the text has
@@ -47,6 +48,8 @@ class Sampling:
         In the order of Hugging Face's processors: repetition penalty, temperature, top_k, top_p, min_p.
         """
         scores = logits.float()
+        if not scores.isfinite().all():
+            raise ValueError("the model's logits are not finite, its weights are damaged")
         if self.repetition_penalty != 1 and seen is not None:
             weaker = torch.where(scores < 0, scores * self.repetition_penalty, scores / self.repetition_penalty)
             scores = torch.where(seen, weaker, scores)
@@ -75,19 +78,19 @@ class Sampling:
         """
         if self.temperature == 0:
             return scores.argmax(dim=-1, keepdim=True)
-        total = F.softmax(scores, dim=-1).cpu().double().cumsum(dim=-1)       # (B, V)
+        probabilities = F.softmax(scores.cpu() if scores.is_mps else scores, dim=-1)   # MPS has no float64
+        total = probabilities.double().cumsum(dim=-1)                         # (B, V)
         dice = torch.cat([torch.rand(1, 1, generator=each, dtype=torch.float64) for each in generators])
-        ids = torch.searchsorted(total, dice * total[:, -1:], right=True)     # the first whose sum is above the dice
+        ids = torch.searchsorted(total, dice.to(total.device) * total[:, -1:], right=True)   # the first sum above it
         return ids.to(scores.device)
 
 
 # ---- weights
 
-def _int8(x: Tensor, weight: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
+def _int8(x: Tensor, q: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
     """ x @ (q * scale).T for int8 q (out, in) and the scale of each output (out,) """
-    q, scale = weight
     rows = x.flatten(0, -2)
-    few = len(rows) <= 32   # the kernel reads all weights for every few rows
+    few = len(rows) <= 32 and rows.shape[1] % 16 == 0   # the kernel reads the weights again and again, 16 at once
     y = torch._weight_int8pack_mm(rows, q, scale) if few else F.linear(rows, q.to(x.dtype)) * scale
     return y.view(*x.shape[:-1], -1) + (0 if bias is None else bias)
 
@@ -95,10 +98,11 @@ def _int8(x: Tensor, weight: tuple[Tensor, Tensor], bias: Tensor | None) -> Tens
 class _Product(nn.Module):
     """ a linear layer with its weight stored as product(x, weight, bias) wants it; computes in dtype, like autocast """
 
-    def __init__(self, product: Callable, weight, bias: Tensor | None, dtype: torch.dtype):
+    def __init__(self, product: Callable, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
         super().__init__()
-        self.product, self.weight, self.dtype = product, weight, dtype
-        self.bias = None if bias is None else bias.detach().to(dtype)
+        self.product, self.dtype = product, dtype
+        self.register_buffer('weight', weight)   # as attributes, a CUDA graph would copy them every time
+        self.register_buffer('bias', None if bias is None else bias.detach().to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x.to(self.dtype), self.weight, self.bias)
@@ -129,7 +133,7 @@ def _quantized(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
     quantize_(layer := nn.Sequential(copy.deepcopy(linear).to(dtype)), Int8WeightOnlyConfig())
     weight = layer[0].weight
     if weight.device.type == 'cpu':
-        return _Product(_int8, (weight.qdata, weight.scale.flatten().to(dtype)), linear.bias, dtype)
+        return _Product(partial(_int8, scale=weight.scale.flatten().to(dtype)), weight.qdata, linear.bias, dtype)
     return _Product(F.linear, weight, linear.bias, dtype)
 
 
@@ -164,9 +168,10 @@ def prepare(model: GPT, dtype: torch.dtype | None = None, *, rows: int = 1, quan
             if isinstance(linear, nn.Linear):
                 by_shape.setdefault(linear.weight.shape, []).append((layer, name, linear))
     for group in by_shape.values():
-        convert = _faster([linear for _, _, linear in group], dtype, rows) if on_cpu else _plain
+        linears = [linear for _, _, linear in group]
+        convert = _quantized if quantize else _faster(linears, dtype, rows) if on_cpu else _plain
         for layer, name, linear in group:
-            setattr(layer, name, (_quantized if quantize else convert)(linear, dtype))
+            setattr(layer, name, convert(linear, dtype))
     return model
 
 
@@ -182,27 +187,40 @@ class _Context:
         self.padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)           # (B,)
         self.ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
         self.begin = self.padding.clamp(min=longest - self.limit)                                           # (B,)
-        self.last = longest + max_new_tokens
-        self.cache = None
+        self.last, self.cache = longest + max_new_tokens, None
 
     def logits(self) -> Tensor:
         """ (B, V) for the next token
 
-        A full window cannot slide: positions are counted from its start, so every key would change. By default a row
-        goes on with the recent half of its window, computed anew once in half a block_size of tokens. With exact,
-        past block_size it sees the last block_size tokens, as in nanoGPT, at the price of a forward over all of
-        them for each. Either way the windows, and so the text of a row, do not depend on the other rows.
+        A full window cannot slide: positions are counted from its start, so every key would change. Its row goes on
+        with the recent half, computed anew once in half a block_size of tokens; with exact, with all but the first
+        token, as in nanoGPT, at the price of a forward over all of them for each. No row's window depends on another's.
         """
-        full = self.ids.shape[1] - self.begin > self.limit
-        if self.cache and not full.any():
-            if self.step:
-                self.cache = self.step.adopt(self.cache)
-            return (self.step or self.model)(self.ids[:, -1:].contiguous(), cache=self.cache)[0][:, -1]
-        kept = self.limit if self.exact else max(self.limit // 2, 1)
-        self.begin = self.begin.where(~full, self.ids.shape[1] - kept)
-        start = self.begin.min().item()
-        self.cache = _empty_cache(self.model, self.begin - start, min(self.limit, self.last - start))
-        return self.model(self.ids[:, start:].contiguous(), cache=self.cache)[0][:, -1]
+        if not self.cache:
+            start = self.begin.min().item()
+            self.cache = self.model.new_cache(self.begin - start, min(self.limit, self.last - start))
+            return self.model(self.ids[:, start:].contiguous(), cache=self.cache)[0][:, -1]
+        full = self.ids.shape[1] - self.begin > self.limit                    # (B,)
+        if full.any():
+            self._renew(full)
+        if self.step:
+            self.cache = self.step.adopt(self.cache)
+        # a compiled step wants the same strides every time, and for one row .contiguous() keeps those of ids
+        newest = self.ids[:, -1:].clone(memory_format=torch.contiguous_format)
+        return (self.step or self.model)(newest, cache=self.cache)[0][:, -1]
+
+    def _renew(self, full: Tensor) -> None:
+        """ another cache, where the windows of these rows (B,) bool are shorter and end at the last token but one """
+        S, kept = self.ids.shape[1], self.limit if self.exact else max(self.limit // 2, 1)
+        self.begin = self.begin.where(~full, S - kept)
+        length = S - 1 - self.begin.min().item()
+        cache = self.model.new_cache(self.begin - self.begin.min(), self.limit)
+        cache.fill(self.cache, length)
+        if kept > 1:
+            recent = self.model.new_cache(self.padding.new_zeros(full.sum()), kept)
+            self.model(self.ids[full, S - kept:S - 1], cache=recent)
+            cache.fill(recent, length, full)
+        cache.length, self.cache = length, cache
 
     def select(self, rows: list[int]) -> None:
         """ go on with these rows, in this order; one may be there several times """
@@ -218,25 +236,6 @@ class _Context:
         real = torch.arange(S, device=self.ids.device) >= self.padding[:, None]   # (B, S)
         counts = torch.zeros(B, self.model.config.vocab_size, dtype=torch.int32, device=self.ids.device)
         return counts.scatter_add(1, self.ids, real.int()) > 0
-
-
-def _empty_cache(model: GPT, padding: Tensor, capacity: int) -> KVCache:
-    """ for rows with this padding (B,), in the type that the model's products have """
-    x = model.transformer.wte.weight[:1]
-    dtype = model.transformer.h[0].attn.c_attn(x).dtype
-    return KVCache(model.config, len(padding), capacity, x.device, dtype, padding if padding.any() else None)
-
-
-def rows_in_memory(model: GPT, length: int) -> int:
-    """ how many texts of length tokens fit in half of a GPU's free memory, or a quarter of the machine's memory """
-    config, device, T = model.config, model.transformer.wte.weight.device, min(length, model.config.block_size)
-    size = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 4 if hasattr(os, 'sysconf') else 2e9
-    if device.type == 'cuda':
-        size = torch.cuda.mem_get_info(device)[0] / 2
-    numbers = 2 * config.n_layer * config.n_embd * T     # keys and values
-    numbers += 20 * config.n_embd * T + T * T            # a block's activations and the mask, at the prompt
-    numbers += 10 * config.vocab_size                    # scores, their order, sums in float64
-    return max(1, int(size / (4 * numbers)))
 
 
 # ---- generation
@@ -281,8 +280,9 @@ def stream(model: GPT, prompts: list[list[int]], max_new_tokens: int, sampling: 
     """
     if not prompts or not all(prompts):
         raise ValueError("the prompt is empty, start with at least one token")
-    seeds = seeds or torch.randint(2**62, (len(prompts) * num_samples,)).tolist()
-    most_rows = most_rows or rows_in_memory(model, max(map(len, prompts)) + max_new_tokens)
+    seeds = seeds or torch.randint(2**32, (len(prompts) * num_samples,)).tolist()
+    assert len(seeds) == len(prompts) * num_samples, "a seed for each row"
+    most_rows = most_rows or model.texts_in_memory(max(map(len, prompts)) + max_new_tokens)
     for begin in range(0, len(seeds), most_rows):
         rows = list(range(begin, min(begin + most_rows, len(seeds))))
         first, last = rows[0] // num_samples, rows[-1] // num_samples

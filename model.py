@@ -5,6 +5,7 @@ nh = n_head heads of hs = C / nh channels each; with a cache, S positions that a
 """
 import itertools
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
@@ -116,13 +117,12 @@ class KVCache:
         """ from now on count the length on the device; whether there is room is not checked any more """
         self.length = torch.tensor(self.length, device=self.layers[0][0].device)
 
-    def copy_(self, other: 'KVCache') -> None:
-        """ hold what the other one holds, of as many rows and no more positions, in place after fix_shapes """
+    def fill(self, other: 'KVCache', length: int, rows: slice | Tensor = slice(None)) -> None:
+        """ let the positions before length end, in these rows, with what the other one holds """
+        count = min(length, other.length)
         for ours, theirs in zip(self.layers, other.layers, strict=True):
             for tensor, new in zip(ours, theirs, strict=True):
-                tensor[:, :, :other.length] = new[:, :, :other.length]
-        self.length.fill_(other.length)
-        self.padding[:] = 0 if other.padding is None else other.padding
+                tensor[rows, :, length - count:length] = new[:, :, other.length - count:other.length]
 
     def recall(self, layer: int, places: Tensor, S: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """ write k and v (B, nh, T, hs) at their places (T,), return those of the first S positions """
@@ -204,7 +204,7 @@ class GPT(nn.Module):
         x = self._embed(idx, cache, places)                    # (B, T, C)
         attn_mask, is_causal = self._visible(cache, places, S)
         for i, block in enumerate(self.transformer.h):
-            if self.grad_checkpoint and self.training:
+            if self.grad_checkpoint and self.training and not cache:
                 x = checkpoint(block, x, attn_mask, is_causal, use_reentrant=False)   # https://arxiv.org/abs/1604.06174
             else:
                 x = block(x, attn_mask, is_causal, partial(cache.recall, i, places, S) if cache else None)
@@ -240,6 +240,20 @@ class GPT(nn.Module):
         """
         return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak_flops
 
+    def texts_in_memory(self, length: int) -> int:
+        """ about how many texts of length tokens can be generated at once, in float32
+
+        They may take half of a GPU's free memory, or a quarter of the machine's memory.
+        """
+        device, C, T = self.lm_head.weight.device, self.config.n_embd, min(length, self.config.block_size)
+        memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 4 if hasattr(os, 'sysconf') else 2e9
+        if device.type == 'cuda':
+            memory = torch.cuda.mem_get_info(device)[0] / 2
+        numbers = 2 * self.config.n_layer * C * T    # keys and values
+        numbers += 20 * C * T + T * T                # a block's activations, and the mask, at the prompt
+        numbers += 10 * self.config.vocab_size       # scores, their order, their sums in float64
+        return max(1, int(memory / (4 * numbers)))
+
     def crop_block_size(self, block_size: int) -> None:
         """ shorten the longest context, in place; ValueError if it would grow """
         if not 1 <= block_size <= self.config.block_size:
@@ -258,12 +272,18 @@ class GPT(nn.Module):
         fused = device_type in ('cuda', 'cpu')   # one kernel for the whole update
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=fused)
 
+    def new_cache(self, padding: Tensor, capacity: int) -> KVCache:
+        """ an empty one for rows with this padding (B,), in the type that the products have, also under autocast """
+        x = self.transformer.wte.weight[:1]
+        dtype = self.transformer.h[0].attn.c_attn(x).dtype
+        return KVCache(self.config, len(padding), capacity, x.device, dtype, padding if padding.any() else None)
+
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
                  **options) -> Tensor:
         """ idx (B, T) with max_new_tokens more tokens, each drawn from the softmax of logits / temperature
 
-        temperature 0 takes the likeliest token. top_k keeps the k likeliest, None or 0 keeps all. options: those of
-        engine.stream.
+        temperature 0 takes the likeliest token. top_k keeps the k likeliest, None or 0 keeps all. options: num_ids,
+        seeds and exact_context of engine.stream.
         """
         from engine import Sampling, generate
         texts = generate(self, idx.tolist(), max_new_tokens, Sampling(temperature, top_k), **options)
@@ -313,8 +333,11 @@ class CompiledStep:
             fixed.fix_shapes()
             for tensor in (fixed.length, fixed.padding, *itertools.chain(*fixed.layers)):
                 torch._dynamo.mark_static_address(tensor)
-        self.caches[rows].copy_(cache)
-        return self.caches[rows]
+        fixed = self.caches[rows]
+        fixed.fill(cache, cache.length)
+        fixed.length.fill_(cache.length)
+        fixed.padding[:] = 0 if cache.padding is None else cache.padding
+        return fixed
 
     def __call__(self, ids: Tensor, cache: KVCache) -> tuple[Tensor, None]:
         """ what the model returns, logits (B, 1, V) and None """

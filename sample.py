@@ -3,7 +3,6 @@
 $ python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --temperature=0.8 --top_k=200
 $ python sample.py --out_dir=out-shakespeare-char --start=FILE:prompt.txt --num_samples=1 --stop="\\n\\n"
 $ python sample.py --out_dir=out-shakespeare-char --prompts=prompts.txt --num_samples=3 --out=results.json
-$ python sample.py --out_dir=out-shakespeare-char --interactive=True
 """
 import itertools
 import json
@@ -47,7 +46,7 @@ from tqdm import tqdm
 import checkpoint
 from common import atomic_write, fail, one_line_errors, print0, require, resolve_device, resolve_dtype, try_compile
 from dataset import Ending, sha256_of, tokenizer_of
-from engine import Sampling, generate, prepare, rows_in_memory, stream
+from engine import Sampling, generate, prepare, stream
 from model import STATIC, CompiledStep
 
 # ---- functions
@@ -79,7 +78,7 @@ def sample(starts, seeds):
     try:
         for row, token, last in stream(model, starts, max_new_tokens, sampling, num_samples=len(seeds),
                                        seeds=seeds * len(starts), num_ids=tokenizer.vocab_size, step=step,
-                                       is_over=ending.is_over, exact_context=exact_context):
+                                       is_over=ending.is_over, exact_context=exact_context, most_rows=rows):
             first = first or time.perf_counter() - begin
             ids = texts.setdefault(row, [])
             ids.append(token)
@@ -100,12 +99,12 @@ def sample(starts, seeds):
                 write(seeds, done)
                 saved = time.monotonic()
     finally:
+        if out:
+            write(seeds, done)
         bar.close()
         number, seconds = sum(map(len, texts.values())), time.perf_counter() - begin
         print(f"{number:,} tokens in {seconds:.2f} s, {number / seconds:,.0f} tok/s, the first after {first:.2f} s",
               file=sys.stderr)
-        if out:
-            write(seeds, done)
 
 
 def write(seeds, done):
@@ -140,9 +139,9 @@ require(config, 0, 'temperature', 'top_k')
 with one_line_errors():
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     if start.startswith('FILE:'):
-        with open(start[5:], encoding='utf-8') as file:
+        with open(start[5:], encoding='utf-8-sig') as file:
             start = file.read()
-    prompts = read_prompts(prompts) if prompts else [start]
+    prompts = [''] if interactive else read_prompts(prompts) if prompts else [start]
 device = resolve_device(device)
 if hasattr(sys.stdout, 'reconfigure'):
     sys.stdout.reconfigure(encoding='utf-8', errors='replace')   # models write characters that a console may not know
@@ -154,16 +153,11 @@ ending = Ending(tokenizer, stop, stop_at_eot)
 with one_line_errors():
     starts = [ids_of(prompt) for prompt in prompts]
 longest, total = max(map(len, starts)), 1 if interactive else len(prompts) * num_samples
-if out:
-    identity = {'checkpoint': path, 'sha256': sha256_of(path), 'iter_num': trained.get('iter_num'),
-                'model_args': trained['model_args']}
-    write([seed], {})   # better now than at the end, if that is not possible
-
 # ---- model
 model = checkpoint.build_model(trained, dropout=0.0).to(device)
 if longest > (limit := model.config.block_size):
     print(f"note: of the prompt's {longest:,} tokens the model sees the last {limit:,}", file=sys.stderr)
-rows = min(total, rows_in_memory(model, longest + max_new_tokens))
+rows = min(total, model.texts_in_memory(longest + max_new_tokens))
 step, torch_dtype = None, resolve_dtype(dtype, torch.device(device).type)
 with one_line_errors():
     model = prepare(model, torch_dtype, rows=rows, quantize=quantize)
@@ -173,8 +167,14 @@ if compile and device != 'cpu':   # there oneDNN's layout of the weights is fast
     step = CompiledStep(compiled) if compiled is not model else None
 
 # ---- samples
-signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))   # what is finished is written
+if out:
+    identity = {'checkpoint': path, 'sha256': sha256_of(path), 'iter_num': trained.get('iter_num'),
+                'model_args': trained['model_args']}
+    write([seed], {})   # better now than at the end, if that is not possible
+for name in {'SIGTERM', 'SIGHUP'} & {*dir(signal)}:   # what is finished is written
+    signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
 try:
-    converse() if interactive else sample(starts, [seed + i for i in range(num_samples)])
+    with one_line_errors():
+        converse() if interactive else sample(starts, [seed + i for i in range(num_samples)])
 except (EOFError, KeyboardInterrupt) as end:
     sys.exit(130 if isinstance(end, KeyboardInterrupt) else 0)

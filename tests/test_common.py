@@ -107,6 +107,16 @@ def test_atomic_write_goes_through_a_link(here):
     assert os.path.islink('file') and open('large_disk/file').read() == 'x'
 
 
+def test_atomic_write_replaces_files_only(here):
+    """ a pipe, a device or a folder under that name stays what it is """
+    os.mkfifo('pipe')
+    os.makedirs('folder')
+    for name in ('pipe', 'folder', os.devnull):
+        with pytest.raises(OSError, match='is not a file'), atomic_write(name):
+            pass
+    assert stat.S_ISFIFO(os.stat('pipe').st_mode) and sorted(os.listdir()) == ['folder', 'pipe']
+
+
 def test_gather_in_one_process():
     assert gather(1, 2.5) == [[1], [2.5]]
 

@@ -120,6 +120,19 @@ def test_a_full_cache_goes_on_with_the_most_recent_half(model, length):
     assert generate(model, [prompt(length)], 40, sampling)[0] == expected and len(begins) > 2
 
 
+def test_full_windows_are_computed_anew_for_their_own_row_only(model, monkeypatch):
+    """ 8 rows that fill up at different times: positions computed are those of each row alone """
+    rows, computed, forward = [prompt(length, length) for length in range(5, 13)], [], GPT.forward
+    monkeypatch.setattr(GPT, 'forward', lambda self, idx, *inputs, **options: (
+        computed.append(idx.numel()), forward(self, idx, *inputs, **options))[1])
+    alone = []
+    for row in rows:
+        alone += generate(model, [row], 60, Sampling(temperature=0))
+    expected, computed[:] = sum(computed), []
+    assert generate(model, rows, 60, Sampling(temperature=0)) == alone
+    assert sum(computed) == expected + sum(12 - length for length in range(5, 13))   # and the padding of the prompts
+
+
 @pytest.mark.parametrize('exact_context', [False, True])
 def test_a_seed_gives_its_text_in_any_batch(model, exact_context):
     """ past block_size too, where rows of different lengths have different windows """
@@ -206,6 +219,27 @@ def test_impossible_settings(options, words):
         Sampling(**options)
 
 
+def test_temperatures_next_to_nothing_are_greedy(model):
+    greedy = generate(model, [prompt(3)], 10, Sampling(temperature=0))
+    assert generate(model, [prompt(3)], 10, Sampling(temperature=1e-45)) == greedy
+    assert generate(model, [prompt(3)], 10, Sampling(temperature=1e-6)) == greedy
+
+
+@pytest.mark.parametrize('temperature', [0, 1])
+@pytest.mark.parametrize('value', [math.nan, math.inf])
+def test_logits_that_are_no_numbers_are_refused(model, temperature, value):
+    with torch.no_grad():
+        model.transformer.ln_f.bias[3] = value
+    with pytest.raises(ValueError, match='not finite'):
+        generate(model, [prompt(3)], 10, Sampling(temperature))
+
+
+def test_a_seed_for_each_row(model):
+    for seeds in ([1], [1, 2, 3]):
+        with pytest.raises(AssertionError, match='a seed for each row'):
+            generate(model, [[1], [2]], 3, seeds=seeds)
+
+
 def test_an_empty_prompt_is_refused(model):
     for prompts in ([], [[]], [[1], []]):
         with pytest.raises(ValueError, match='the prompt is empty'):
@@ -257,6 +291,13 @@ def test_bfloat16_products_are_those_of_autocast(small, monkeypatch, kind):
     assert (got.float() - small(x, x)[0]).abs().max() > 1e-4
 
 
+def test_generating_in_the_middle_of_training(model):
+    """ activation checkpointing knows no cache """
+    expected = generate(model, [prompt(3)], 10, Sampling(temperature=0))
+    model.train().grad_checkpoint = True
+    assert generate(model, [prompt(3)], 10, Sampling(temperature=0)) == expected
+
+
 def test_without_onednn_weights_stay_as_they_are(small, monkeypatch):
     def missing(linear, dtype):
         raise RuntimeError("could not create a primitive")
@@ -265,9 +306,12 @@ def test_without_onednn_weights_stay_as_they_are(small, monkeypatch):
 
 
 @pytest.mark.parametrize('T', [1, 50])
+@pytest.mark.parametrize('n_embd', [64, 40])   # 40 is no multiple of what the kernel reads at once
 @torch.no_grad()
-def test_int8_is_near(small, T):
+def test_int8_is_near(n_embd, T):
     """ against the logits of weights rounded by arithmetic: 127 steps to the largest weight of each output """
+    torch.manual_seed(0)
+    small = GPT(GPTConfig(block_size=64, vocab_size=96, n_layer=2, n_head=2, n_embd=n_embd)).eval()
     ours, x = prepare(small, quantize='int8'), torch.randint(96, (1, T))
     expected = small(x, x)[0]
     rounded = copy.deepcopy(small)
@@ -289,10 +333,10 @@ def test_quantize_says_what_is_missing(small, monkeypatch):
 
 
 def test_rows_in_memory_are_fewer_when_texts_are_longer(small):
-    assert 1 <= engine.rows_in_memory(small, 64) == engine.rows_in_memory(small, 999) < engine.rows_in_memory(small, 9)
+    assert 1 <= small.texts_in_memory(64) == small.texts_in_memory(999) < small.texts_in_memory(9)
     large = GPT(GPTConfig(block_size=1024, vocab_size=96, n_layer=1, n_head=1, n_embd=2**12)).to('meta')
     large.config.n_layer = 10**6
-    assert engine.rows_in_memory(large, 1024) == 1
+    assert large.texts_in_memory(1024) == 1
 
 
 # ---- one shape for every token
@@ -303,10 +347,10 @@ def test_a_compiled_step_is_compiled_once_and_gives_the_same_texts(model):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     step = CompiledStep(torch.compile(model, **STATIC))
-    for prompts, options in (([prompt(5), prompt(1, 1), prompt(20, 2)], {}),
-                             ([prompt(9, 3)], dict(num_samples=3, is_over=lambda ids: ids[-1] % 5 == 0))):
-        options |= dict(seeds=[7, 8, 9], sampling=Sampling(top_k=20))
-        texts = generate(model, prompts, 40, step=step, **options)
-        assert texts == generate(model, prompts, 40, **options)
-    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
-    assert len(step.caches) == 1 and len({len(text) for text in texts}) > 1
+    for graphs, prompts, options in (
+            (1, [prompt(5), prompt(1, 1), prompt(20, 2)], dict(seeds=[7, 8, 9])), (2, [prompt(3)], dict(seeds=[7])),
+            (2, [prompt(9, 3)], dict(num_samples=3, seeds=[7, 8, 9], is_over=lambda ids: ids[-1] % 5 == 0))):
+        texts = generate(model, prompts, 40, Sampling(top_k=20), step=step, **options)
+        assert texts == generate(model, prompts, 40, Sampling(top_k=20), **options)
+        assert torch._dynamo.utils.counters['stats']['unique_graphs'] == graphs
+    assert sorted(step.caches) == [1, 3] and len({len(text) for text in texts}) > 1

@@ -55,7 +55,7 @@ def test_greedy_text_is_that_of_the_model(trained, script, capsys):
     (['--temperature=2', '--top_k=1'], 7),
     (['--start=FILE:prompt.txt'], 13), (['--dtype=bfloat16'], 7), (['--ckpt=last'], 7)])
 def test_options(trained, script, capsys, options, length):
-    open('prompt.txt', 'w').write('abc\ndefg')
+    open('prompt.txt', 'w', encoding='utf-8-sig').write('abc\ndefg')
     script('sample.py', *SHORT, *options)
     assert [len(text) for text in texts(capsys)] in ([length] * 2, [length + 1] * 2)   # a newline more or less
 
@@ -205,13 +205,13 @@ def test_results_as_json(trained, script, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_an_interruption_leaves_what_is_finished(trained, processes, script, number, code):
     open('prompts.txt', 'w').write('abc\na\nabcd')
     options = ['--prompts=prompts.txt', '--num_samples=3', '--out=results.json', '--dtype=float32']
     slow = "import engine, time; draw = engine.Sampling.draw; say = lambda: print('one more', flush=True)\n" \
            "engine.Sampling.draw = lambda *inputs: (say(), time.sleep(0.01), draw(*inputs))[2]\n" \
-           "engine.rows_in_memory = lambda model, length: 1"   # one after the other
+           "engine.GPT.texts_in_memory = lambda model, length: 1"   # one after the other
     run = processes(1, 'sample.py', *SHORT, *options, patch=slow)
     run.wait_for('one more\n' * 27)   # of 6 each: the fifth is not finished
     run.kill(number)
@@ -225,12 +225,47 @@ def test_an_interruption_leaves_what_is_finished(trained, processes, script, num
         assert some['samples'] == every['samples'][:len(some['samples'])] and some['prompt'] == every['prompt']
 
 
+@pytest.mark.slow
+def test_results_are_written_when_nobody_reads_the_messages(trained):
+    command = [sys.executable, os.path.join(ROOT, 'sample.py'), *SHORT, '--out=results.json']
+    run = subprocess.Popen(command, stderr=subprocess.PIPE)
+    run.stderr.readline()
+    run.stderr.close()
+    run.wait()
+    assert results()['complete'] and len(results()['results'][0]['samples']) == 2
+
+
+def test_older_results_stay_when_nothing_is_sampled(trained, fails):
+    open('results.json', 'w').write('precious')
+    fails('sample.py', *SHORT, '--out=results.json', '--quantize=int4')
+    assert open('results.json').read() == 'precious'
+
+
 def test_results_that_cannot_be_written_fail_before_the_work(trained, fails, monkeypatch):
     monkeypatch.setattr('engine.stream', lambda *inputs: pytest.fail("too late"))
     assert 'no/folder' in fails('sample.py', *SHORT, '--out=no/folder/results.json')[1]
 
 
 # ---- for a person
+
+def test_a_conversation_needs_no_new_line_in_the_vocabulary(here, script, capsys, monkeypatch):
+    from checkpoint import save
+    from model import GPT, GPTConfig
+    model = GPT(GPTConfig(8, 3, 1, 1, 8))
+    save('out/ckpt.pt', {'model': model.state_dict(), 'model_args': model.config.model_args(),
+                         'tokenizer': {'name': 'char', 'chars': 'abc'}})
+    monkeypatch.setattr('sys.stdin', io.StringIO('ab\n'))
+    with pytest.raises(SystemExit, match='0'):
+        script('sample.py', *SHORT, '--interactive=True')
+    assert len(capsys.readouterr().out) == 7
+
+
+def test_a_model_that_is_spoiled(trained, fails):
+    spoiled = torch.load('out/ckpt_best.pt', weights_only=True)
+    spoiled['model']['transformer.ln_f.weight'][0] = torch.nan
+    torch.save(spoiled, 'out/ckpt_best.pt')
+    assert "logits are not finite" in fails('sample.py', *SHORT)[1]
+
 
 def test_speed_is_told_on_stderr(trained, script, capsys):
     script('sample.py', *SHORT)
