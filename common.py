@@ -159,7 +159,7 @@ def start_processes(device: str, backend: str) -> tuple[int, int]:
         store = dist.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], store)
     backend = f'cpu:gloo,cuda:{backend}' if device.startswith('cuda') else 'gloo'
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-    return rank, world_size
+    return gather(rank) and rank, world_size   # gather: nobody leaves, with its message, while others still connect
 
 
 def gather(*numbers: float) -> list[list[float]]:
