@@ -426,6 +426,11 @@ def test_what_is_shown_early_is_all_that_is_certain():
         == ['a', 'a', 'a', 'a\n\nb', 'a\nb']
 
 
+def test_the_first_of_several_stops_counts():
+    assert Ending(CharTokenizer('abc'), '["c", "b"]').text([0, 1, 0, 2]) == 'a'
+    assert Ending(CharTokenizer('abc'), '[42, "b"]').stops == ['42', 'b']
+
+
 def test_the_end_of_text_ends_a_text():
     tokenizer = BPETokenizer('gpt2')
     ids = [15496, 50256]

@@ -1,6 +1,8 @@
 """ engine.py: the cache against no cache, the sampling against Hugging Face's processors and against arithmetic. """
 import copy
+import itertools
 import math
+import os
 import sys
 from types import SimpleNamespace
 
@@ -106,14 +108,16 @@ def test_exact_context_is_nanogpts_sliding_crop(model, sampling):
     assert len(set(texts[0])) > 5
 
 
+@pytest.mark.parametrize('block_size', [16, 15, 3, 2, 1])
 @pytest.mark.parametrize('length', [1, 5, 15, 16, 20])
-def test_a_full_cache_goes_on_with_the_most_recent_half(model, length):
-    """ between 8 and 16 tokens are seen; the window begins anew whenever it is full """
-    begins = [max(0, length - 16)]
+def test_a_full_cache_goes_on_with_the_most_recent_half(model, length, block_size):
+    """ between half of block_size and all of it are seen; the window begins anew whenever it is full """
+    model.crop_block_size(block_size)
+    begins = [max(0, length - block_size)]
 
     def window(ids):
-        if len(ids) - begins[-1] > 16:
-            begins.append(len(ids) - 8)
+        if len(ids) - begins[-1] > block_size:
+            begins.append(len(ids) - max(block_size // 2, 1))
         return ids[begins[-1]:]
     sampling = Sampling(temperature=0)
     expected = uncached(model, prompt(length), 40, sampling, 0, window)
@@ -199,6 +203,51 @@ def test_draws_follow_the_probabilities():
         assert abs(count - 4000 * p) <= 5 * math.sqrt(4000 * p * (1 - p))
 
 
+@pytest.mark.parametrize('dice', [0.0, 1 - 2**-53])
+def test_the_ends_of_the_dice(monkeypatch, dice):
+    """ 0 takes the first id that can be drawn, and what is next to 1 the last one, where the sum is not quite 1 too """
+    monkeypatch.setattr(torch, 'rand', lambda *shape, **options: torch.full(shape, dice, dtype=torch.float64))
+    scores = torch.randn(50, 1000, generator=torch.Generator().manual_seed(0))
+    scores[:, [0, -1]] = -math.inf
+    assert Sampling().draw(scores, [None] * 50).tolist() == [[1 if dice == 0 else 998]] * 50
+
+
+def test_draws_from_many_ids_of_little_probability(monkeypatch):
+    """ half of the probability is in one id, half in a million others: sums in float32 would lose most of those """
+    monkeypatch.setattr(torch, 'rand', lambda *shape, **options: torch.full(shape, 0.75, dtype=torch.float64))
+    scores = torch.zeros(1, 1_000_001)
+    scores[0, 0] = math.log(1_000_000)
+    assert abs(Sampling().draw(scores, [None]).item() - 500_000) < 2
+
+
+def test_borders_of_top_p():
+    assert Sampling(top_p=1e-9).scores(torch.tensor([[0.0, 1.0, 0.5]])).tolist() == [[-math.inf, 1.0, -math.inf]]
+    assert Sampling(top_p=0.5).scores(torch.zeros(1, 4)).isfinite().sum() == 2
+    logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    sampling = Sampling(0.7, 20, 0.9, 0.01)
+    assert sampling.scores(logits).dtype == torch.float32
+    assert torch.equal(sampling.scores(logits), sampling.scores(logits.float()))
+
+
+def test_seeds(model):
+    """ as large as one likes; without any, torch's own generator decides """
+    assert generate(model, [[1]], 9, seeds=[2**64 + 5]) == generate(model, [[1]], 9, seeds=[5])
+    torch.manual_seed(0)
+    first = generate(model, [[1]], 9)
+    assert generate(model, [[1]], 9) != first
+    torch.manual_seed(0)
+    assert generate(model, [[1]], 9) == first
+
+
+def test_the_penalty_follows_its_row(model):
+    """ with prompts of several lengths, samples of each, ids that are not for drawing, and rows that end early """
+    options = dict(num_ids=40, is_over=lambda ids: ids[-1] % 7 == 0)
+    rows, sampling = [prompt(9), prompt(3, 1)], Sampling(repetition_penalty=3.0)
+    alone = [generate(model, [row], 30, sampling, seeds=[seed], **options)[0] for row in rows for seed in (1, 2, 3)]
+    assert generate(model, rows, 30, sampling, num_samples=3, seeds=[1, 2, 3] * 2, **options) == alone
+    assert len({len(text) for text in alone}) > 1 and max(map(max, alone)) < 40
+
+
 def test_the_penalty_knows_the_text_and_not_the_padding(model):
     """ a penalty so large that a greedy text has no token twice; id 0 fills up the padding and stays free """
     texts = generate(model, [[3] * 6, [5]], 20, Sampling(temperature=0, repetition_penalty=1e6))
@@ -207,7 +256,7 @@ def test_the_penalty_knows_the_text_and_not_the_padding(model):
     with torch.no_grad():
         strong.lm_head.weight.zero_()
         strong.transformer.ln_f.bias.fill_(1.0)
-        strong.lm_head.weight[0] = 1.0   # id 0 is far ahead
+        strong.lm_head.weight[0], strong.lm_head.weight[1] = 1.0, 0.9   # id 0 is ahead, but not by 1.5 times
     assert generate(strong, [[3] * 6, [5]], 1, Sampling(temperature=0, repetition_penalty=1.5)) == [[0], [0]]
 
 
@@ -250,9 +299,16 @@ def test_an_empty_prompt_is_refused(model):
 
 @pytest.fixture
 def small():
-    """ in float32, with sizes that every kernel takes; vocabulary 96 """
-    torch.manual_seed(0)
-    return GPT(GPTConfig(block_size=64, vocab_size=96, n_layer=2, n_head=2, n_embd=64)).eval()
+    """ in float32, with biases that are not 0; vocabulary 96 """
+    return with_biases(GPT(GPTConfig(block_size=64, vocab_size=96, n_layer=2, n_head=2, n_embd=64)).eval())
+
+
+def with_biases(model):
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return model
 
 
 def kinds(model):
@@ -261,7 +317,7 @@ def kinds(model):
 
 def choose(monkeypatch, name):
     """ let prepare find the other kind slower """
-    times = iter([2.0, 1.0] * 9 if name == '_packed' else [1.0, 2.0] * 9)
+    times = itertools.cycle([2.0, 1.0] if name == '_packed' else [1.0, 2.0])
     monkeypatch.setattr('torch.utils.benchmark.Timer.timeit', lambda self, number: SimpleNamespace(mean=next(times)))
 
 
@@ -274,7 +330,9 @@ def test_weights_laid_out_for_speed_give_the_same_logits(small, monkeypatch, kin
     ours, x = prepare(small), torch.randint(96, (2, T))
     assert (ours(x, x)[0] - small(x, x)[0]).abs().max() < 1e-5
     assert set(kinds(ours).values()) == {torch.nn.Linear if kind == '_plain' else engine._Product}
-    assert set(kinds(small).values()) == {torch.nn.Linear} and not small.training
+    assert set(kinds(small).values()) == {torch.nn.Linear}
+    assert not prepare(small.train()).training and small.training
+    small.eval()
     assert all(torch.equal(before[name], tensor) for name, tensor in small.state_dict().items())
     assert ours.transformer.wte.weight is small.transformer.wte.weight
 
@@ -310,8 +368,7 @@ def test_without_onednn_weights_stay_as_they_are(small, monkeypatch):
 @torch.no_grad()
 def test_int8_is_near(n_embd, T):
     """ against the logits of weights rounded by arithmetic: 127 steps to the largest weight of each output """
-    torch.manual_seed(0)
-    small = GPT(GPTConfig(block_size=64, vocab_size=96, n_layer=2, n_head=2, n_embd=n_embd)).eval()
+    small = with_biases(GPT(GPTConfig(block_size=64, vocab_size=96, n_layer=2, n_head=2, n_embd=n_embd)).eval())
     ours, x = prepare(small, quantize='int8'), torch.randint(96, (1, T))
     expected = small(x, x)[0]
     rounded = copy.deepcopy(small)
@@ -332,8 +389,17 @@ def test_quantize_says_what_is_missing(small, monkeypatch):
         prepare(small, quantize='int8')
 
 
-def test_rows_in_memory_are_fewer_when_texts_are_longer(small):
-    assert 1 <= small.texts_in_memory(64) == small.texts_in_memory(999) < small.texts_in_memory(9)
+def test_batches_are_as_large_as_memory_allows(small, monkeypatch):
+    monkeypatch.setattr(os, 'sysconf', lambda name: 2**12)   # 16 MB in all
+    texts = small.texts_in_memory(64)
+    cache = 2 * 2 * 64 * 64 * 4   # bytes: keys and values, layers, width, positions
+    assert 2**24 / 4 / cache / 10 < texts < 2**24 / 4 / cache
+    rows, forward = [], GPT.forward
+    monkeypatch.setattr(GPT, 'forward', lambda self, idx, *inputs, **options: (
+        rows.append(len(idx)), forward(self, idx, *inputs, **options))[1])
+    generate(small, [[1]], 64, num_samples=2 * texts, is_over=lambda ids: len(ids) == 2)
+    assert max(rows) == texts
+    assert 1 <= texts == small.texts_in_memory(999) < small.texts_in_memory(9)
     large = GPT(GPTConfig(block_size=1024, vocab_size=96, n_layer=1, n_head=1, n_embd=2**12)).to('meta')
     large.config.n_layer = 10**6
     assert large.texts_in_memory(1024) == 1

@@ -64,6 +64,11 @@ def test_a_long_prompt_is_cropped_with_a_note(trained, script, capsys):
     script('sample.py', *SHORT, '--start=' + 'abcdefgh' * 3)
     out, err = capsys.readouterr()
     assert out.startswith('abcdefgh' * 3) and "of the prompt's 24 tokens the model sees the last 8" in err
+    open('prompts.txt', 'w').write('abc\n' + 'abcdefgh' * 2)
+    script('sample.py', *SHORT, '--prompts=prompts.txt')
+    assert "of the prompt's 16 tokens the model sees the last 8" in capsys.readouterr().err
+    script('sample.py', *SHORT, '--start=abcdefgh')
+    assert 'note' not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('options, words', [
@@ -242,8 +247,9 @@ def test_older_results_stay_when_nothing_is_sampled(trained, fails):
 
 
 def test_results_that_cannot_be_written_fail_before_the_work(trained, fails, monkeypatch):
-    monkeypatch.setattr('engine.stream', lambda *inputs: pytest.fail("too late"))
-    assert 'no/folder' in fails('sample.py', *SHORT, '--out=no/folder/results.json')[1]
+    calls = []
+    monkeypatch.setattr('engine.stream', lambda *inputs, **options: calls.append(1) or iter([]))
+    assert 'no/folder' in fails('sample.py', *SHORT, '--out=no/folder/results.json')[1] and calls == []
 
 
 # ---- for a person
