@@ -38,6 +38,14 @@ def test_tokens_per_second_are_those_of_a_slow_model(here, script, capsys, monke
     assert 100 < found['tokens_per_second'] <= 200 and 0.01 <= found['first_token'] < 0.05
 
 
+def test_bandwidth_is_bytes_by_seconds(here, script, monkeypatch):
+    measured = script('bench.py', *TINY)
+    clock = iter([1.0, 3.0])
+    monkeypatch.setattr('time.perf_counter', lambda: next(clock))
+    assert measured['read_bandwidth']() == measured['array'].element_size() * len(measured['array']) / 2
+    assert measured['array'].nbytes >= 2**28   # more than caches hold
+
+
 @pytest.mark.parametrize('options, words', [
     (['--mode=train'], '--mode=train is not generate'), (['--num_samples=0'], '--num_samples=0'),
     (['--prompt_length=0'], '--prompt_length=0'), (['--repeats=0'], '--repeats=0'), (['--n_head=3'], 'n_head=3'),

@@ -9,11 +9,13 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from conftest import ROOT, TINY
 
+import engine
 from checkpoint import build_model, load
 
 SHORT = ['--out_dir=out', '--device=cpu', '--num_samples=2', '--max_new_tokens=6']
@@ -190,7 +192,7 @@ def results(path='results.json'):
 
 def test_results_as_json(trained, script, capsys):
     open('prompts.txt', 'w').write('abc\na')
-    options = ['--prompts=prompts.txt', '--num_samples=3', '--stop=e', '--max_new_tokens=12', '--temperature=3']
+    options = ['--prompts=prompts.txt', '--num_samples=9', '--stop=e', '--max_new_tokens=12', '--temperature=3']
     script('sample.py', *SHORT, *options)
     printed = texts(capsys)
     script('sample.py', *SHORT, *options, '--out=results.json')
@@ -199,7 +201,7 @@ def test_results_as_json(trained, script, capsys):
     assert out == '' and state['complete'] and [each['prompt'] for each in state['results']] == ['abc', 'a']
     samples = [(each['prompt'], sample) for each in state['results'] for sample in each['samples']]
     assert [prompt + sample['text'] for prompt, sample in samples] == printed
-    assert [sample['seed'] for _, sample in samples] == [1337, 1338, 1339] * 2
+    assert [sample['seed'] for _, sample in samples] == list(range(1337, 1346)) * 2
     assert {sample['finish'] for _, sample in samples} == {'stop', 'length'}
     assert all(sample['num_tokens'] == len(sample['text']) + (sample['finish'] == 'stop') for _, sample in samples)
     model = state['model']
@@ -273,9 +275,15 @@ def test_a_model_that_is_spoiled(trained, fails):
     assert "logits are not finite" in fails('sample.py', *SHORT)[1]
 
 
-def test_speed_is_told_on_stderr(trained, script, capsys):
+def test_speed_is_told_on_stderr(trained, script, capsys, monkeypatch):
+    """ 20 milliseconds a step and 6 steps of two rows """
+    draw = engine.Sampling.draw
+    monkeypatch.setattr(engine.Sampling, 'draw', lambda *inputs: (time.sleep(0.02), draw(*inputs))[1])
     script('sample.py', *SHORT)
-    assert re.search(r'\n12 tokens in [\d.]+ s, [\d,]+ tok/s, the first after [\d.]+ s\n$', capsys.readouterr().err)
+    found = re.search(r'\n12 tokens in ([\d.]+) s, ([\d,]+) tok/s, the first after ([\d.]+) s\n$',
+                      capsys.readouterr().err)
+    seconds, rate, first = map(float, found.groups())
+    assert seconds >= 0.12 and 0.02 <= first < seconds - 0.08 and rate == pytest.approx(12 / seconds, rel=0.1)
 
 
 def test_a_conversation(trained, script, capsys, monkeypatch):
