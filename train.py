@@ -165,11 +165,11 @@ meta, splits = open_dataset(dataset)
 
 
 def to_device(rows):
-    """ rows (B, T+1) of tokens as inputs and targets, (B, T) each """
+    """ rows (B, T+1) of tokens as inputs and targets, (B, T) each; a token i that is no target comes as -1 - i """
     if device_type == 'cuda':
         rows = rows.pin_memory().to(device, non_blocking=True)
     rows = rows.to(device)
-    return rows[:, :-1], rows[:, 1:]
+    return (rows ^ rows >> 63)[:, :-1], rows[:, 1:].clamp(min=-1)
 
 
 # ---- model
@@ -182,7 +182,7 @@ if start:
         model.crop_block_size(block_size)
 else:
     if not vocab_size:
-        vocab_size = 50304 if meta['vocab_size'] == 50257 else meta['vocab_size']   # a multiple of 64 is faster
+        vocab_size = meta['vocab_size'] if meta['tokenizer']['name'] == 'char' else -(-meta['vocab_size'] // 64) * 64
     with one_line_errors():
         model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias))
 block_size = model.config.block_size
@@ -239,7 +239,7 @@ def evaluate(split):
                 data.sweep_batch(batch_size, block_size, k % length))
         x, y = to_device(rows)
         with context:
-            losses.append(eval_model(x.clamp(min=0), y)[1])   # -1 fills up rows, no real target sees those inputs
+            losses.append(eval_model(x, y)[1].where((y != -1).any(), 0))   # a mask may leave no target
         counts.append((y != -1).sum())
     losses, counts = torch.stack(losses).tolist(), torch.stack(counts).tolist()
     losses, counts = (torch.tensor(gather(*each)).double().flatten()[:length] for each in (losses, counts))

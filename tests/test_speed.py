@@ -1,8 +1,15 @@
 """ Timings, each against a yardstick that takes turns with it: pytest -m benchmark -s """
+import glob
+import itertools
+import json
 import os
+import random
+import shutil
 import statistics
 import subprocess
 import sys
+import sysconfig
+import tempfile
 import time
 from functools import partial
 
@@ -14,7 +21,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 from checkpoint import Saver, save
-from dataset import Split
+from dataset import BPETokenizer, Split
 from engine import Sampling, generate, prepare
 from logger import Logger
 from model import GPT, GPTConfig
@@ -236,3 +243,101 @@ def test_the_first_text_comes_soon(here):
     print(f"\nsample.py {statistics.median(ours):.2f} s, import torch {statistics.median(importing):.2f}, "
           f"difference {beyond:.2f}")
     assert beyond <= 1.5
+
+
+# ---- data
+
+def mixed_documents(size):
+    """ Shakespeare and Python in documents of a few thousand characters, all different, size characters in all """
+    shakespeare = open(os.path.join(ROOT, 'data', 'shakespeare_char', 'input.txt')).read()
+    sources = sorted(glob.glob(os.path.join(sysconfig.get_paths()['stdlib'], '*.py')))
+    code = ''.join(open(path, encoding='utf-8', errors='ignore').read() for path in sources)
+    dice, made = random.Random(0), 0
+    while made < size:
+        text = dice.choice([shakespeare, code])
+        begin = dice.randrange(len(text) - 5000)
+        yield (document := f'{made} ' + text[begin:begin + dice.randrange(500, 5000)])
+        made += len(document)
+
+
+def prepare(name, *options):
+    """ seconds and peak bytes of a prepare.py in a process of its own, which must end well """
+    start = time.perf_counter()
+    with tempfile.TemporaryFile() as output:
+        run = subprocess.Popen([sys.executable, os.path.join(ROOT, 'data', name, 'prepare.py'), *options],
+                               stdout=output, stderr=output)
+        _, status, usage = os.wait4(run.pid, 0)
+    assert status == 0
+    return time.perf_counter() - start, usage.ru_maxrss * 1024
+
+
+def test_200_mb_against_bare_tiktoken(here):
+    """ prepare.py, files and report included, against encode_ordinary_batch with as many threads on a list in memory """
+    texts = list(mixed_documents(200_000_000))
+    with open('a.jsonl', 'w') as file:
+        file.writelines(json.dumps({'text': text}) + '\n' for text in texts)
+    bpe, ours, bare, name = BPETokenizer('gpt2').bpe, [], [], f'speed-{os.getpid()}'
+    for _ in range(3):
+        start = time.perf_counter()
+        bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+        bare.append(time.perf_counter() - start)
+        ours.append(prepare('text', '--source=a.jsonl', f'--name={name}'))
+    shutil.rmtree(os.path.join(ROOT, 'data', name))
+    seconds, memory = statistics.median(seconds for seconds, _ in ours), max(memory for _, memory in ours)
+    ratio = statistics.median(bare) / seconds
+    print(f"\nprepare.py {seconds:.1f} s ({min(ours)[0]:.1f} to {max(ours)[0]:.1f}), {memory / 1e6:,.0f} MB; "
+          f"bare tiktoken {statistics.median(bare):.1f} s ({min(bare):.1f} to {max(bare):.1f}); ratio {ratio:.2f}")
+    assert ratio >= 0.9 and memory < 1e9
+
+
+def test_memory_does_not_grow_with_the_corpus(here):
+    peaks, name = [], f'speed-{os.getpid()}'
+    for size in (50, 400):
+        with open('a.jsonl', 'w') as file:
+            file.writelines(json.dumps({'text': text}) + '\n' for text in mixed_documents(size * 1_000_000))
+        peaks.append(prepare('text', '--source=a.jsonl', f'--name={name}')[1])
+    shutil.rmtree(os.path.join(ROOT, 'data', name))
+    print(f"\n50 MB: {peaks[0] / 1e6:.0f} MB, 400 MB: {peaks[1] / 1e6:.0f} MB at most")
+    assert abs(peaks[1] / peaks[0] - 1) < 0.1
+
+
+def through_arrow(path, threads):
+    """ the way of nanoGPT: map the whole set to token lists in Arrow files, then copy them into a memory map """
+    import datasets
+    import tiktoken
+    encoder = tiktoken.get_encoding('gpt2')
+
+    def process(example):
+        ids = encoder.encode_ordinary(example['text']) + [encoder.eot_token]
+        return {'ids': ids, 'len': len(ids)}
+    whole = datasets.load_dataset('parquet', data_files=path, split='train', cache_dir='cache')
+    split = whole.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+    for name, part in split.map(process, remove_columns=['text'], num_proc=threads).items():
+        array = np.memmap(f'{name}.bin', dtype=np.uint16, mode='w+', shape=(int(np.sum(part['len'][:], dtype=np.uint64)),))
+        at, shards = 0, min(1024, len(part))
+        for i in range(shards):
+            ids = np.concatenate(part.shard(shards, i, contiguous=True).with_format('numpy')['ids'][:])
+            array[at:at + len(ids)] = ids
+            at += len(ids)
+        array.flush()
+
+
+def test_200000_documents_against_arrow(here, monkeypatch):
+    """ the openwebtext path on a local Parquet file, and datasets.map with as many processes """
+    import datasets
+    datasets.disable_progress_bars()
+    texts = [text for text in itertools.islice(mixed_documents(10**9), 200_000)]
+    datasets.Dataset.from_dict({'text': texts}).to_parquet('web.parquet')
+    shutil.copytree(os.path.join(ROOT, 'data'), 'data', ignore=shutil.ignore_patterns('*.bin', 'meta.*'))
+    for name in glob.glob(os.path.join(ROOT, '*.py')):
+        shutil.copy(name, '.')
+    start = time.perf_counter()
+    subprocess.run([sys.executable, 'data/openwebtext/prepare.py', '--source=./web.parquet'], check=True,
+                   capture_output=True)
+    ours = time.perf_counter() - start
+    start = time.perf_counter()
+    through_arrow('web.parquet', os.cpu_count())
+    theirs = time.perf_counter() - start
+    print(f"\n{sum(map(len, texts)) / 1e6:.0f} MB: ours {ours:.1f} s, through Arrow {theirs:.1f} s, "
+          f"{theirs / ours:.2f} times as long")
+    assert theirs / ours >= 2

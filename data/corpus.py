@@ -1,0 +1,434 @@
+""" Documents into train.bin and val.bin: read, looked at, cleaned and tokenized in batches, in bounded memory.
+
+    paths = find_files('my_texts', '.txt,.md,.jsonl')
+    write_corpus('data/mine', BPETokenizer('gpt2'), read_documents(paths, report := Report()), report, val_fraction=0.1)
+
+What every prepare.py below shares. The files that it writes are described, and read, in dataset.py.
+"""
+import hashlib
+import json
+import os
+import random
+import re
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from tqdm import tqdm
+
+from common import atomic_write, fail, print0
+from dataset import BPETokenizer, CharTokenizer, write_meta
+
+PIECE = 2**22       # characters: a longer text is read and tokenized in pieces of about this length
+BATCH = 2**19       # characters that a thread tokenizes at once
+LARGEST = 2**28     # bytes: the longest line of JSON
+SHORT = 20          # characters: shorter documents are counted
+CUT = re.compile(r'(?<=[^\W\d_])(?= [^\W\d_])|(?<=\S\n)(?=[^\s/])')   # between words, or lines: no token spans these
+CONTROL = re.compile('[\x00-\x08\x0b\x0e-\x1f\x7f]')   # no text has these; tabs, ends of lines and pages stay
+
+
+# ---- documents
+
+@dataclass
+class Piece:
+    """ a document, or a piece of a long one, as parts: (text, whether a model is to learn it) """
+    parts: list[tuple[str, bool]]
+    size: int = 0           # bytes of the source, for the progress bar
+    first: bool = True      # of its document
+    last: bool = True
+    split: str = ''         # 'train' or 'val' if that is not left to chance
+
+    @property
+    def text(self) -> str:
+        return ''.join(text for text, _ in self.parts)
+
+
+class Report(Counter):
+    """ how many documents, files or lines were found to be what """
+
+
+def find_files(source: str, extensions: str, skip: Callable[[str], bool] = lambda name: False) -> list[str]:
+    """ source itself if it is a file, else the files below it with these extensions; SystemExit if there are none
+
+    Folders and files with a dot in front, and those whose name is to be skipped, are left out.
+    """
+    if not os.path.exists(source):
+        fail(f"--source={source} does not exist")
+    if os.path.isfile(source):
+        return [source]
+    wanted, found = tuple(each.strip() for each in extensions.split(',')), []
+    for folder, folders, names in os.walk(source):
+        folders[:] = sorted(name for name in folders if not name.startswith('.') and not skip(name))
+        found += [os.path.join(folder, name) for name in sorted(names)
+                  if name.endswith(wanted) and not name.startswith('.') and not skip(name)]
+    if not found:
+        fail(f"--source={source} has no files that end with {' or '.join(wanted)}")
+    return found
+
+
+def _encoding(path: str, report: Report) -> str | None:
+    """ UTF-8, UTF-16 if it says so, else Windows-1252, which is counted; None for what is no text """
+    with open(path, 'rb') as file:
+        head = file.read(2)
+    for name in (['utf-16'] if head in (b'\xff\xfe', b'\xfe\xff') else ['utf-8-sig', 'cp1252']):
+        try:
+            with open(path, encoding=name) as file:
+                if any('\0' in chunk for chunk in iter(lambda file=file: file.read(2**20), '')):
+                    break
+            report['files that are not UTF-8, read as Windows-1252'] += name == 'cp1252'
+            return name
+        except UnicodeDecodeError:
+            pass
+    report['files that are no text, left out'] += 1
+    return None
+
+
+def _border(text: str) -> int:
+    """ the last place where a text can be cut so that its tokens stay the same; 0 if there is none """
+    for begin in (max(0, len(text) - 2**14), 0):
+        if places := [found.start() for found in CUT.finditer(text, begin)]:
+            return places[-1]
+    return len(text) if len(text) > 16 * PIECE else 0   # of no language; in memory it must not grow for ever
+
+
+def read_text(path: str, report: Report) -> Iterator[Piece]:
+    """ a text file as one document, in pieces """
+    if not (encoding := _encoding(path, report)):
+        return
+    with open(path, encoding=encoding) as file:
+        text, first = file.read(PIECE), True
+        while more := file.read(PIECE):
+            if cut := _border(text):
+                yield Piece([(text[:cut], True)], len(text[:cut].encode()), first, last=False)
+                first = False
+            text = text[cut:] + more
+    yield Piece([(text, True)], len(text.encode()), first)
+
+
+def parts_of(row: dict, field: str = 'text') -> list[tuple[str, bool]]:
+    """ {text}, {prompt, completion} or {messages: [{role, content}]}: answers are to be learned; ValueError if none """
+    if isinstance(row, dict) and isinstance(row.get(field), str):
+        return [(row[field], True)]
+    if isinstance(row, dict) and isinstance(row.get('prompt'), str) and isinstance(row.get('completion'), str):
+        return [(row['prompt'], False), (row['completion'], True)]
+    if isinstance(row, dict) and isinstance(messages := row.get('messages'), list) and messages:
+        parts = []
+        for message in messages:
+            if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ('role', 'content')):
+                raise ValueError("a message wants a role and a content")
+            parts += [(f"{message['role']}: ", False), (message['content'] + '\n', message['role'] == 'assistant')]
+        return parts
+    raise ValueError(f"no text under {field!r}, no prompt and completion, no messages")
+
+
+def read_rows(rows: Iterable, path: str, report: Report, on_bad: str = 'stop', parts: Callable = parts_of,
+              size: Callable = lambda row: 0) -> Iterator[Piece]:
+    """ each row a document; a bad one is named and ends it all, or is counted with on_bad='skip' """
+    if on_bad not in ('stop', 'skip'):
+        fail(f"--on_bad={on_bad} is neither stop nor skip")
+    for number, row in enumerate(rows, 1):
+        try:
+            if row not in (b'\n', b'\r\n'):
+                yield Piece(parts(row), size(row))
+        except (ValueError, RecursionError) as error:
+            if on_bad == 'stop':
+                fail(f"{path}, line {number}: {error}; --on_bad=skip leaves such lines out")
+            report['bad lines, left out'] += 1
+
+
+def read_jsonl(path: str, report: Report, on_bad: str = 'stop', parts: Callable = parts_of) -> Iterator[Piece]:
+    """ each line a document """
+    def parse(line):
+        if len(line) == LARGEST:
+            fail(f"{path} has a line of more than {LARGEST:,} bytes; split it")
+        return parts(json.loads(line))
+    with open(path, 'rb') as file:
+        yield from read_rows(iter(lambda: file.readline(LARGEST), b''), path, report, on_bad, parse, len)
+
+
+def read_table(rows: Iterable[dict], report: Report, field: str = 'text') -> Iterator[Piece]:
+    """ batches of columns, as datasets' iter gives them """
+    for batch in rows:
+        for text in batch[field]:
+            if isinstance(text, str):
+                yield Piece([(text, True)], len(text))
+            else:
+                report['rows without text, left out'] += 1
+
+
+def load_table(field: str, *source, **options):
+    """ a table of the datasets library, streamed, one column of it; SystemExit says why not """
+    try:
+        import datasets
+        datasets.disable_progress_bars()
+        table = datasets.load_dataset(*source, split='train', streaming=True, **options)
+        if table.column_names and field not in table.column_names:
+            raise ValueError(f"no column {field!r}, there are {', '.join(table.column_names)}; --field= chooses one")
+        return table.select_columns([field]).iter(1000)
+    except Exception as error:   # no network, no such name, no Parquet, ...
+        fail(f"cannot read {options.get('data_files') or source[0]} ({str(error).strip().splitlines()[0]})")
+
+
+def read_documents(paths: list[str], report: Report, field: str = 'text', on_bad: str = 'stop') -> Iterator[Piece]:
+    """ those of all files: lines of .jsonl, rows of .parquet, any other file as a whole """
+    for path in paths:
+        if path.endswith('.jsonl'):
+            yield from read_jsonl(path, report, on_bad, partial(parts_of, field=field))
+        elif path.endswith('.parquet'):
+            yield from read_table(load_table(field, 'parquet', data_files=path), report, field)
+        else:
+            yield from read_text(path, report)
+
+
+# ---- quality
+
+class _Seen:
+    """ whether a 64-bit hash was there before; 8 bytes each, a chance of 3e-6 to be wrong once in ten million """
+
+    def __init__(self):
+        self.old, self.new = np.zeros(0, np.uint64), set()
+
+    def __call__(self, number: int) -> bool:
+        at = np.searchsorted(self.old, np.uint64(number))
+        found = number in self.new or at < len(self.old) and int(self.old[at]) == number
+        self.new.add(number)
+        if len(self.new) > 2**16:
+            self.old = np.union1d(self.old, np.fromiter(self.new, np.uint64, len(self.new)))
+            self.new.clear()
+        return found
+
+
+def clean(pieces: Iterable[Piece], report: Report) -> Iterator[Piece]:
+    """ the pieces without what no model should learn; all that is found is counted """
+    seen, chain = _Seen(), b''
+    for piece in pieces:
+        text, whole = piece.text, piece.first and piece.last
+        report['documents'] += piece.first
+        if CONTROL.search(text):
+            report['documents with control characters, which were removed'] += 1
+            piece.parts = [(CONTROL.sub('', part), learn) for part, learn in piece.parts]
+            text = piece.text
+        try:
+            content = text.encode()
+        except UnicodeEncodeError:   # "\\ud800" in JSON
+            report['documents with halves of characters, left out'] += 1
+            continue
+        if whole and not text.strip():
+            report['empty documents, left out'] += 1
+            continue
+        report[f'documents shorter than {SHORT} characters'] += whole and len(text) < SHORT
+        report['documents with U+FFFD, where an earlier program lost characters'] += '\ufffd' in text
+        chain = hashlib.blake2b((b'' if piece.first else chain) + content, digest_size=8).digest()
+        if seen(int.from_bytes(chain, 'little')):
+            report['exact duplicates, left out'] += piece.first
+            continue
+        yield piece
+
+
+def near_duplicates(pieces: Iterable[Piece], report: Report) -> Iterator[Piece]:
+    """ count documents that share about 80% of their runs of five words with an earlier one (MinHash); keeps them """
+    try:
+        from datasketch import MinHash, MinHashLSH
+    except ImportError:
+        fail("--near_duplicates=True needs datasketch: pip install datasketch")
+    index = MinHashLSH(threshold=0.8, num_perm=64)
+    for number, piece in enumerate(pieces):
+        words, sketch = piece.text.split(), MinHash(num_perm=64)
+        sketch.update_batch([' '.join(words[i:i + 5]).encode() for i in range(max(1, len(words) - 4))])
+        report['near duplicates of an earlier document, kept'] += bool(index.query(sketch))
+        index.insert(number, sketch)
+        yield piece
+
+
+# ---- tokens
+
+def _lottery(fraction: float, seed: int) -> Iterator[str]:
+    """ the split of one document after the other: of every 1 / fraction of them a random one goes to val """
+    if not 0 < fraction <= 0.5:
+        fail(f"--val_fraction={fraction} must be above 0 and at most 0.5")
+    dice, every = random.Random(seed), round(1 / fraction)
+    while True:
+        chosen = dice.randrange(every)
+        yield from ('val' if i == chosen else 'train' for i in range(every))
+
+
+def cut_off_val(pieces: list[Piece], fraction: float) -> list[Piece]:
+    """ for few documents: the end of each, a fraction of its characters and up to the end of a line, as val """
+    found = []
+    for piece in pieces:
+        text = piece.text
+        border = text.find('\n', int(len(text) * (1 - fraction))) + 1
+        if len(piece.parts) > 1 or not 0 < border < len(text):
+            found.append(piece)
+            continue
+        found.append(Piece([(text[:border], True)], piece.size, piece.first, split='train'))
+        found.append(Piece([(text[border:], True)], 0, True, piece.last, split='val'))
+    return found
+
+
+class _Output:
+    """ one split on its way to the disk: ids, and from the first part on that is not to be learned, a mask """
+
+    def __init__(self, stack: ExitStack, path: str, dtype: np.dtype, dry_run: bool):
+        self.stack, self.path, self.dtype, self.dry_run = stack, path, dtype, dry_run
+        self.tokens, self.sha256, self.mask, self.mask_sha256 = 0, hashlib.sha256(), None, hashlib.sha256()
+        self.file = None if dry_run else stack.enter_context(atomic_write(f'{path}.bin'))
+
+    def add(self, ids: np.ndarray, learn: np.ndarray) -> None:
+        if self.file and self.mask is None and not learn.all():
+            self.mask = self.stack.enter_context(atomic_write(f'{self.path}.mask.bin'))
+            for begin in range(0, self.tokens, 2**20):
+                self._mask(b'\1' * min(2**20, self.tokens - begin))
+        self.tokens += len(ids)
+        if self.file:
+            self.file.write(content := ids.astype(self.dtype).tobytes())
+            self.sha256.update(content)
+        if self.mask:
+            self._mask(learn.astype(np.uint8).tobytes())
+
+    def _mask(self, content: bytes) -> None:
+        self.mask.write(content)
+        self.mask_sha256.update(content)
+
+
+def _encode(tokenizer, batch: list[tuple[str, Piece]], eot: bool) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """ for each split the ids of its pieces, and whether each is to be learned """
+    found = {}
+    for split, piece in batch:
+        ids, learn = found.setdefault(split, ([], []))
+        for text, learned in piece.parts:
+            ids.append(tokenizer.encode(text))
+            learn.append(np.full(len(ids[-1]), learned))
+        if eot and piece.last and tokenizer.eot is not None:
+            ids.append(np.array([tokenizer.eot], np.uint32))
+            learn.append(np.array([piece.parts[-1][1]]))
+    return {split: tuple(map(np.concatenate, lists)) for split, lists in found.items()}
+
+
+def _batches(pieces: Iterable[Piece], splits: Iterator[str], bar: tqdm) -> Iterator[list[tuple[str, Piece]]]:
+    """ (split, piece) in lists of about BATCH characters """
+    batch, characters, split = [], 0, ''
+    for piece in pieces:
+        bar.update(piece.size)
+        split = piece.split or (next(splits) if piece.first else split)
+        batch.append((split, piece))
+        characters += len(piece.text)
+        if characters >= BATCH:
+            yield batch
+            batch, characters = [], 0
+    yield batch
+
+
+class _Look:
+    """ what a person wants to know about the documents that stay: sizes, the longest, five at random """
+
+    def __init__(self, seed: int):
+        self.dice, self.sample = random.Random(seed), []
+        self.documents = self.characters = self.longest = self.length = 0
+
+    def __call__(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+        for piece in pieces:
+            self.documents += piece.first
+            self.characters += len(text := piece.text)
+            self.length = len(text) + (0 if piece.first else self.length)
+            self.longest = max(self.longest, self.length)
+            if piece.first and len(self.sample) < 5:
+                self.sample.append(text[:200])
+            elif piece.first and (place := self.dice.randrange(self.documents)) < 5:
+                self.sample[place] = text[:200]
+            yield piece
+
+
+def write_corpus(folder: str, tokenizer: BPETokenizer | CharTokenizer, pieces: Iterable[Piece], report: Report, *,
+                 val_fraction: float = 0.1, seed: int = 2357, num_proc: int = 0, total: int = 0, eot: bool = True,
+                 limit: int = 0, dry_run: bool = False) -> None:
+    """ tokenize what is left of the documents after clean into folder, and print what was found
+
+    num_proc threads (0: one for each processor); total: bytes of the source, for the progress bar; limit: documents.
+    Nothing stands under the final names until all is written. SystemExit if a split remains without tokens.
+    """
+    threads, used, look = num_proc or os.cpu_count(), np.zeros(tokenizer.vocab_size, bool), _Look(seed)
+    dtype, waiting, begin = np.dtype('<u2' if tokenizer.vocab_size <= 2**16 else '<u4'), deque(), time.perf_counter()
+    pieces = look(_first(clean(pieces, report), limit))
+    if not dry_run:
+        os.makedirs(folder, exist_ok=True)
+    with ExitStack() as stack:
+        stack.callback(lambda: dry_run or os.listdir(folder) or os.rmdir(folder))   # if nothing came of it
+        bar = stack.enter_context(tqdm(total=total or None, unit='B', unit_scale=True, disable=None))
+        pool = stack.enter_context(ThreadPoolExecutor(threads))
+        outputs = {split: _Output(stack, os.path.join(folder, split), dtype, dry_run) for split in ('train', 'val')}
+
+        def write_next():
+            for split, (ids, learn) in waiting.popleft().result().items():
+                outputs[split].add(ids, learn)
+                used[ids] = True
+            tokens = sum(output.tokens for output in outputs.values())
+            bar.set_postfix_str(f'{tokens / (time.perf_counter() - begin):,.0f} tok/s', refresh=False)
+        for batch in _batches(pieces, _lottery(val_fraction, seed), bar):
+            waiting.append(pool.submit(_encode, tokenizer, batch, eot))
+            if len(waiting) > 2 * threads:
+                write_next()
+        while waiting:
+            write_next()
+        for split, output in outputs.items():
+            if not output.tokens:
+                fail(f"no document is left for {split}; there are {look.documents:,}, --val_fraction={val_fraction}")
+        if not dry_run:
+            files = {split: (output.tokens, output.sha256) for split, output in outputs.items()}
+            files |= {f'{split}.mask': (output.tokens, output.mask_sha256)
+                      for split, output in outputs.items() if output.mask}
+            write_meta(folder, tokenizer, {name: tokens for name, (tokens, _) in files.items()},
+                       {name: sha256.hexdigest() for name, (_, sha256) in files.items()})
+    _print_report(report, look, outputs, used)
+
+
+def _first(pieces: Iterable[Piece], limit: int) -> Iterator[Piece]:
+    """ those of the first limit documents, all if it is 0 """
+    number = 0
+    for piece in pieces:
+        number += piece.first
+        if limit and number > limit:
+            return
+        yield piece
+
+
+def _print_report(report: Report, look: _Look, outputs: dict[str, _Output], used: np.ndarray) -> None:
+    tokens = sum(output.tokens for output in outputs.values())
+    rows = [(what, f'{number:,}') for what, number in report.items() if number]
+    rows += [('documents that stay', f'{look.documents:,}'), ('characters', f'{look.characters:,}'),
+             ('longest document, characters', f'{look.longest:,}'), ('tokens', f'{tokens:,}'),
+             *((f'tokens in {split}', f'{output.tokens:,}') for split, output in outputs.items()),
+             ('characters per token', f'{look.characters / tokens:.2f}'),
+             ('vocabulary used', f'{used.sum():,} of {len(used):,} ids ({used.mean():.1%})')]
+    width = max(len(what) for what, _ in rows)
+    for what, number in rows:
+        print0(f'{what:{width}}  {number}')
+    print0("five of them:")
+    for text in look.sample:
+        print0('  ' + repr(text[:100]))
+
+
+# ---- comparison of tokenizers
+
+def compare(arguments: list[str], names: Iterable[str]) -> None:
+    """ python dataset.py compare FILE: a table of what each tokenizer makes of a text, and how fast """
+    if len(arguments) != 2 or arguments[0] != 'compare' or not os.path.isfile(path := arguments[1]):
+        fail("write: python dataset.py compare FILE, with a text file that exists")
+    text = ''.join(piece.text for piece in read_text(path, Report()))
+    if not text:
+        fail(f"{path} is empty or no text")
+    print0(f"{path}: {len(text):,} characters, {len(text.encode()):,} bytes of UTF-8")
+    print0(f"{'tokenizer':12} {'ids':>8} {'tokens':>12} {'chars/token':>12} {'ms/MB':>7}  first tokens")
+    for name in names:
+        tokenizer = CharTokenizer(sorted(set(text))) if name == 'char' else BPETokenizer(name)
+        tokenizer.encode(text[:1000])
+        begin = time.perf_counter()
+        ids = tokenizer.encode(text)
+        speed = (time.perf_counter() - begin) * 1e3 / (len(text.encode()) / 1e6)
+        first = ' '.join(repr(tokenizer.decode([i])) for i in ids[:8].tolist())
+        print0(f'{name:12} {tokenizer.vocab_size:8,} {len(ids):12,} {len(text) / len(ids):12.2f} {speed:7.0f}  {first}')

@@ -1,0 +1,457 @@
+""" data/corpus.py and the prepare.py of every folder: real files in, token files out. """
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import corpus
+from corpus import Piece, Report, clean, find_files, read_documents, read_text, write_corpus
+from dataset import BPE_FILES, BPETokenizer, CharTokenizer, open_dataset
+
+GPT2 = BPETokenizer('gpt2')
+
+
+def texts(paths, **options):
+    return [piece.text for piece in read_documents(paths, Report(), **options)]
+
+
+def write(name, content):
+    os.makedirs(os.path.dirname(name) or '.', exist_ok=True)
+    with open(name, 'wb') as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+    return name
+
+
+def decoded(name, tokenizer=GPT2):
+    meta, splits = open_dataset(name)
+    return {split: tokenizer.decode(data.array()) for split, data in splits.items()}
+
+
+@pytest.fixture
+def prepare(here, script, capsys, monkeypatch):
+    """ prepare('text', '--key=value') runs a copy of data/text/prepare.py that writes into this folder's data/ """
+    def run(name, *options):
+        target = os.path.join('data', name)
+        os.makedirs(target, exist_ok=True)
+        with open(os.path.join(ROOT, target, 'prepare.py'), encoding='utf-8') as file:
+            source = file.read().replace("os.path.join(folder, '..', '..'), os.path.join(folder, '..')", "")
+        write(os.path.join(target, 'prepare.py'), source)
+        script(os.path.abspath(os.path.join(target, 'prepare.py')), *options)
+        return capsys.readouterr().out
+    return run
+
+
+# ---- tokenizers
+
+@pytest.mark.parametrize('name, ids', [
+    ('gpt2', [15496, 2159]), ('cl100k_base', [9906, 4435]), ('o200k_base', [13225, 5922])])
+def test_known_tokens(name, ids):
+    assert BPETokenizer(name).encode('Hello World').tolist() == ids
+
+
+@pytest.mark.parametrize('name', BPE_FILES)
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=['Cs'])))
+def test_round_trips_of_all_of_unicode(name, text):
+    tokenizer = BPETokenizer(name)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text and ids.dtype == np.uint32 and (ids < tokenizer.vocab_size).all()
+    chars = CharTokenizer(sorted(set(text)))
+    assert chars.decode(chars.encode(text)) == text
+
+
+def test_half_a_character_becomes_a_replacement():
+    assert GPT2.decode(GPT2.encode('a\ud800b')) == 'a\ufffdb'
+
+
+def test_a_large_vocabulary_takes_32_bits(prepare):
+    write('a.txt', 'first line\nsecond line\n' * 50)
+    prepare('text', '--source=a.txt', '--name=large', '--tokenizer=o200k_base')
+    meta, splits = open_dataset('large')
+    assert meta['dtype'] == 'uint32' and os.path.getsize('data/large/val.bin') == 4 * len(splits['val'])
+    assert splits['val'].array().max() == 199999
+
+
+def test_training_pads_the_vocabulary(prepare, script, capsys):
+    write('a.txt', 'first line\nsecond line\n' * 50)
+    prepare('text', '--source=a.txt', '--name=tiny', '--tokenizer=cl100k_base')
+    state = script('train.py', *TINY, '--max_iters=1')
+    assert state['model'].config.vocab_size == 100288
+
+
+# ---- reading
+
+@pytest.mark.parametrize('content, text', [
+    ('one\ntwo', 'one\ntwo'), (b'\xef\xbb\xbfone\r\ntwo', 'one\ntwo'), ('caf\u00e9'.encode('cp1252'), 'caf\u00e9'),
+    ('\u6f22'.encode('utf-16'), '\u6f22'), (b'PNG\0\0\1', None), (b'\x81\x8d', None), ('', '')])
+def test_encodings(here, content, text):
+    report = Report()
+    pieces = list(read_text(write('a.txt', content), report))
+    assert [piece.text for piece in pieces] == ([] if text is None else [text])
+    assert report['files that are no text, left out'] == (text is None)
+    assert report['files that are not UTF-8, read as Windows-1252'] == (content == b'caf\xe9')
+
+
+@pytest.mark.parametrize('name', BPE_FILES)
+def test_pieces_of_a_long_text_have_the_tokens_of_the_whole(here, monkeypatch, name):
+    """ cut between two words or two lines, where no token of any of them goes across """
+    monkeypatch.setattr(corpus, 'PIECE', 500)
+    text = open(os.path.join(ROOT, 'LOG.md')).read() + '\n\n  indented\n\n\n\tx = 1\n' * 50 + '\u6f22\u5b57\n' * 99
+    pieces, tokenizer = list(read_text(write('a.txt', text), Report())), BPETokenizer(name)
+    assert len(pieces) > 20 and ''.join(piece.text for piece in pieces) == text
+    assert [piece.first for piece in pieces].count(True) == [piece.last for piece in pieces].count(True) == 1
+    cut = np.concatenate([tokenizer.encode(piece.text) for piece in pieces])
+    assert np.array_equal(cut, tokenizer.encode(text)) and sum(p.size for p in pieces) == len(text.encode())
+
+
+def test_a_line_without_end_is_read_too(here, monkeypatch):
+    monkeypatch.setattr(corpus, 'PIECE', 100)
+    found = texts([write('a.txt', 'x' * 5000)])
+    assert ''.join(found) == 'x' * 5000 and 2 <= len(found) <= 3
+
+
+def test_files_are_found_in_order_and_build_folders_are_not(here):
+    for name in ('b.txt', 'a.md', 'x/c.txt', '.git/d.txt', 'build/e.txt', '.hidden.txt', 'f.png'):
+        write(os.path.join('s', name), 'text')
+    found = find_files('s', '.txt, .md', skip=lambda name: name == 'build')
+    assert [os.path.relpath(path, 's') for path in found] == ['a.md', 'b.txt', os.path.join('x', 'c.txt')]
+
+
+def test_jsonl(here):
+    write('a.jsonl', '{"text": "one"}\n\n{"prompt": "2+2=", "completion": "4"}\n'
+          '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}\n')
+    pieces = list(read_documents(['a.jsonl'], Report()))
+    assert [piece.parts for piece in pieces] == [
+        [('one', True)], [('2+2=', False), ('4', True)],
+        [('user: ', False), ('Hi\n', False), ('assistant: ', False), ('Hello\n', True)]]
+
+
+@pytest.mark.parametrize('line', ['{"text": ', '[1]', '{"text": 1}', '{"prompt": "a"}', '{"messages": []}', 'NaN',
+                                  '{"messages": [{"role": "user"}]}', '{"text": null}', '\ufffd', '[' * 100_000])
+def test_a_bad_line_is_named_or_skipped(here, line, capsys):
+    write('a.jsonl', '{"text": "one"}\n' + line + '\n{"text": "two"}\n')
+    with pytest.raises(SystemExit, match='a.jsonl, line 2: .*--on_bad=skip'):
+        texts(['a.jsonl'])
+    report = Report()
+    assert [piece.text for piece in read_documents(['a.jsonl'], report, on_bad='skip')] == ['one', 'two']
+    assert report['bad lines, left out'] == 1
+
+
+def test_a_line_that_is_too_long(here, monkeypatch):
+    monkeypatch.setattr(corpus, 'LARGEST', 100)
+    write('a.jsonl', json.dumps({'text': 'x' * 100}))
+    with pytest.raises(SystemExit, match='more than 100 bytes'):
+        texts(['a.jsonl'])
+
+
+@pytest.mark.slow
+def test_parquet_through_datasets(here):
+    import datasets
+    datasets.Dataset.from_dict({'text': ['one', None, 'two'] * 700, 'n': list(range(2100))}).to_parquet('a.parquet')
+    report = Report()
+    found = [piece.text for piece in read_documents(['a.parquet'], report)]
+    assert found == ['one', 'two'] * 700 and report['rows without text, left out'] == 700
+    with pytest.raises(SystemExit, match="no column 'body', there are text, n"):
+        texts(['a.parquet'], field='body')
+    with pytest.raises(SystemExit, match='cannot read b.parquet'):
+        texts([write('b.parquet', 'no table')])
+
+
+# ---- quality
+
+def test_cleaning_counts_what_it_does():
+    documents = ['a text that is long enough', 'a text that is long enough', '', ' \n', 'short',
+                 'with\0null\x1b and so on, more',
+                 'lost \ufffd character in the middle', 'half \ud800 of a character']
+    report = Report()
+    left = [piece.text for piece in clean((Piece([(text, True)]) for text in documents), report)]
+    assert left == ['a text that is long enough', 'short', 'withnull and so on, more',
+                    'lost \ufffd character in the middle']
+    assert {what: number for what, number in report.items() if number} == {
+        'documents': 8, 'exact duplicates, left out': 1, 'empty documents, left out': 2,
+        'documents shorter than 20 characters': 1, 'documents with control characters, which were removed': 1,
+        'documents with U+FFFD, where an earlier program lost characters': 1,
+        'documents with halves of characters, left out': 1}
+
+
+def test_duplicates_are_found_among_many():
+    """ more than the 65,536 that are kept in a set """
+    numbers = [*range(70_000), *range(70_000, 80_000), *range(70_000)]
+    report = Report()
+    left = list(clean((Piece([(f'document number {i}', True)]) for i in numbers), report))
+    assert len(left) == 80_000 and report['exact duplicates, left out'] == 70_000
+
+
+def test_a_long_document_is_a_duplicate_as_a_whole():
+    one = [Piece([('same\n', True)], last=False), Piece([('same\n', True)], first=False)]
+    other = [Piece([('same\n', True)], last=False), Piece([('other\n', True)], first=False)]
+    report = Report()
+    assert ''.join(piece.text for piece in clean([*one, *one], report)) == 'same\nsame\n'
+    assert report['documents'] == 2 and report['exact duplicates, left out'] == 1
+    assert len(list(clean(other, Report()))) == 2
+
+
+def test_near_duplicates_are_counted():
+    words = [f'word{i}' for i in range(200)]
+    documents = [' '.join(words), ' '.join([*words[:-1], 'else']), ' '.join(words[::-1])]
+    report = Report()
+    assert len(list(corpus.near_duplicates((Piece([(text, True)]) for text in documents), report))) == 3
+    assert report['near duplicates of an earlier document, kept'] == 1
+
+
+# ---- writing
+
+def test_documents_end_with_end_of_text_and_none_is_on_both_sides(here, capsys):
+    pieces = [Piece([(f'document number {i} of many.', True)]) for i in range(95)]
+    write_corpus('data/mine', GPT2, pieces, Report(), val_fraction=0.1)
+    splits = decoded('mine')
+    documents = {split: text.split('<|endoftext|>')[:-1] for split, text in splits.items()}
+    assert sorted(sum(documents.values(), [])) == sorted(piece.text for piece in pieces)
+    assert len(documents['val']) in (9, 10) and documents['val'] != [pieces[i].text for i in range(9, 95, 10)]
+    first = open('data/mine/train.bin', 'rb').read()
+    write_corpus('data/mine', GPT2, pieces, Report(), val_fraction=0.1, num_proc=3)
+    assert open('data/mine/train.bin', 'rb').read() == first
+    out = capsys.readouterr().out
+    for line in ('documents that stay', 'characters per token', 'vocabulary used', 'five of them', 'longest document'):
+        assert line in out
+
+
+def test_limit_and_dry_run(here, capsys):
+    pieces = [Piece([(f'document number {i} of many.', True)]) for i in range(95)]
+    write_corpus('data/mine', GPT2, pieces, Report(), val_fraction=0.1, limit=20, dry_run=True)
+    assert not os.path.exists('data/mine') and 'documents that stay' in capsys.readouterr().out
+    write_corpus('data/mine', GPT2, pieces, Report(), val_fraction=0.1, limit=20)
+    assert sum(text.count('<|endoftext|>') for text in decoded('mine').values()) == 20
+
+
+def test_too_few_documents_and_impossible_fractions(here):
+    for fraction, words in ((0.1, 'no document is left for val'), (0.0, '--val_fraction=0.0'),
+                            (0.6, '--val_fraction=0.6')):
+        with pytest.raises(SystemExit, match=words):
+            write_corpus('data/mine', GPT2, [Piece([('a text that is long', True)])], Report(), val_fraction=fraction)
+    assert not os.path.exists('data/mine')
+
+
+def test_a_full_disk_leaves_nothing(here, monkeypatch):
+    def full(self, ids, learn):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(corpus._Output, 'add', full)
+    with pytest.raises(OSError):
+        write_corpus('data/mine', GPT2, [Piece([(f'document {i}', True)]) for i in range(99)], Report())
+    assert not os.path.exists('data/mine')
+
+
+@pytest.mark.slow
+def test_a_kill_leaves_no_file_that_looks_whole(here):
+    code = "import sys, time; sys.path[:0] = sys.argv[1:]; import corpus, dataset\n" \
+           "def pieces():\n" \
+           "    for i in range(10**6):\n" \
+           "        yield corpus.Piece([(f'{i} ' + 'word ' * 99, True)])\n" \
+           "corpus.write_corpus('data/mine', dataset.BPETokenizer('gpt2'), pieces(), corpus.Report())"
+    run = subprocess.Popen([sys.executable, '-c', code, ROOT, os.path.join(ROOT, 'data')])
+    while not os.path.exists('data/mine/train.bin.tmp') or os.path.getsize('data/mine/train.bin.tmp') < 2**20:
+        time.sleep(0.01)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert sorted(os.listdir('data/mine')) == ['train.bin.tmp', 'val.bin.tmp']
+    write_corpus('data/mine', GPT2, [Piece([(f'document {i}', True)]) for i in range(99)], Report())
+    assert sorted(os.listdir('data/mine')) == ['meta.json', 'train.bin', 'val.bin']
+
+
+# ---- masks
+
+@pytest.fixture
+def masked(here):
+    """ answers to learn, of one or several tokens, and texts without a question """
+    pieces = [Piece([(f'Question {i}? ', False), (f'Answer {i * i}.', True)]) for i in range(80)]
+    pieces[20:20] = [Piece([(f'All of text {i}.', True)]) for i in range(20)]
+    write_corpus('data/tiny', GPT2, pieces, Report(), val_fraction=0.1)
+    return open_dataset('tiny')
+
+
+def test_masks_line_up_with_targets(masked):
+    """ in every window: what is a target is an answer or an end of text, and inputs are the tokens as they are """
+    meta, splits = masked
+    assert sorted(meta['tokens']) == ['train', 'train.mask', 'val', 'val.mask']
+    for name, data in splits.items():
+        ids, mask = data.array().astype(int), np.fromfile(f'data/tiny/{name}.mask.bin', np.uint8)
+        assert len(ids) == len(mask) == len(data) and 0 < mask.mean() < 1
+        learned = GPT2.decode(ids[mask == 1])
+        assert 'Question' not in learned and learned.count('<|endoftext|>') == (ids == 50256).sum()
+        assert learned.count('Answer') == GPT2.decode(ids).count('Answer')
+        expected = torch.from_numpy(np.where(mask, ids, -1 - ids))
+        rows = data.rows(np.arange(len(ids) - 8), 8)
+        assert torch.equal(rows, expected.unfold(0, 9, 1))
+        swept = torch.cat([data.sweep_batch(3, 8, k) for k in range(data.sweep_length(3, 8))])
+        assert torch.equal(swept[:, 1:].flatten()[:len(ids) - 1], expected[1:])
+        for step in range(50):
+            assert (data.batch(4, 3, 1, 'train', step)[:, 1:] >= 0).any(dim=1).all()
+
+
+def test_training_learns_the_answers_only(masked, script, capsys):
+    """ the loss that is logged is that of the answers, and evaluation counts them only """
+    state = script('train.py', *TINY, '--max_iters=2', '--eval_iters=0')
+    x, y = state['to_device'](masked[1]['val'].sweep_batch(2, 8, 0))
+    assert (x >= 0).all() and (y == -1).any() and (y >= -1).all()
+    model, losses = state['model'].eval(), []
+    data = masked[1]['val']
+    with torch.no_grad():
+        for k in range(data.sweep_length(1, 8)):
+            x, y = state['to_device'](data.sweep_batch(1, 8, k))
+            logits = model(x, y)[0].log_softmax(-1)
+            losses += [-logits[0, t, y[0, t]].item() for t in range(8) if y[0, t] >= 0]
+    assert state['evaluate']('val')[0] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+
+
+def test_a_mask_that_does_not_fit_is_refused(masked):
+    os.truncate('data/tiny/train.mask.bin', 10)
+    with pytest.raises(SystemExit, match='train.mask.bin: 10 tokens'):
+        open_dataset('tiny')
+    os.remove('data/tiny/train.mask.bin')
+    with pytest.raises(SystemExit, match='train.mask.bin: 0 bytes'):
+        open_dataset('tiny')
+
+
+# ---- every prepare.py
+
+def test_shakespeare_in_gpt2s_tokens(prepare, monkeypatch):
+    """ nanoGPT's numbers """
+    os.makedirs('data/shakespeare')
+    os.symlink(os.path.join(ROOT, 'data', 'shakespeare_char', 'input.txt'), 'data/shakespeare/input.txt')
+    out = prepare('shakespeare')
+    meta, splits = open_dataset('shakespeare')
+    assert meta['tokens'] == {'train': 301966, 'val': 36059} and '301,966' in out
+    assert GPT2.decode(splits['train'].array()[:3]) == 'First Citizen:' and splits['train'].array().max() < 50256
+
+
+def test_a_text_of_ones_own(prepare):
+    """ a single file: its end is for validation, up to a line; some more: the end of each """
+    lines = ''.join(f'line {i}\n' for i in range(100))
+    prepare('text', f'--source={write("book.txt", lines)}', '--name=book')
+    splits = decoded('book')
+    ends = [text.endswith('\n<|endoftext|>') and text.count('<|endoftext|>') == 1 for text in splits.values()]
+    assert ends == [True, True] and (splits['train'] + splits['val']).replace('<|endoftext|>', '') == lines
+    assert 0.08 < len(splits['val']) / len(lines) < 0.12
+    write('more/a.txt', lines), write('more/b.md', lines.replace('line', 'verse')), write('more/c.png', 'x')
+    prepare('text', '--source=more', '--name=more', '--tokenizer=char')
+    meta, data = open_dataset('more')
+    assert meta['tokenizer']['name'] == 'char' and meta['vocab_size'] == len(set(lines + 'verse'))
+    text = CharTokenizer(meta['tokenizer']['chars']).decode(data['val'].array())
+    assert 'line 99' in text and 'verse 99' in text and 'line 50' not in text
+
+
+def test_chats_of_ones_own(prepare):
+    rows = [{'prompt': f'{i}+{i}=', 'completion': str(2 * i)} for i in range(60)]
+    write('chats.jsonl', ''.join(json.dumps(row) + '\n' for row in rows))
+    prepare('text', '--source=chats.jsonl', '--name=chats')
+    assert sorted(os.listdir('data/chats')) == ['meta.json', 'train.bin', 'train.mask.bin', 'val.bin', 'val.mask.bin']
+
+
+def test_code(prepare):
+    for i in range(40):
+        write(f'project/module{i}.py', f'def function{i}():\n    return {i}\n')
+    for name in ('build/made.py', 'node_modules/x/y.py', 'a.egg-info/z.py', '.venv/w.py', 'notes.txt'):
+        write(f'project/{name}', 'left = out\n')
+    prepare('my_code', '--source=project')
+    splits = decoded('my_code')
+    assert 'left' not in ''.join(splits.values()) and len(splits['val'].split('<|endoftext|>')) == 5
+    assert sum(text.count('def function') for text in splits.values()) == 40
+
+
+def test_openwebtext_from_local_files(prepare):
+    write('web/a.jsonl', ''.join(json.dumps({'text': f'document {i} of the web'}) + '\n' for i in range(4000)))
+    prepare('openwebtext', '--source=./web')
+    splits = decoded('openwebtext')
+    assert splits['val'].count('<|endoftext|>') == 2 and splits['train'].count('<|endoftext|>') == 3998
+
+
+@pytest.mark.slow
+def test_openwebtext_without_network(here, fails, monkeypatch):
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    monkeypatch.setenv('HF_HOME', os.getcwd())
+    assert 'cannot read Skylion007/openwebtext' in fails('data/openwebtext/prepare.py', '--limit=10')[1]
+
+
+def test_every_sql_statement_runs(prepare, script):
+    """ the pairs are thousands, all different, and SQLite takes each statement on tables that have those columns """
+    prepare('sql')
+    made = script(os.path.abspath('data/sql/prepare.py'), '--dry_run=True')
+    pairs = [piece.parts for piece in made['documents'](Report())]
+    database = sqlite3.connect(':memory:')
+    for table, (numbers, words) in made['TABLES'].items():
+        keys = [made['JOINS'][table] + '_id'] if table in made['JOINS'] else []
+        database.execute(f"CREATE TABLE {table} ({', '.join(['id', 'name', *numbers, *words, *keys])})")
+    for one in made['JOINS'].values():
+        database.execute(f'CREATE TABLE {one}s (id, name)')
+    for (question, _), (sql, learn) in pairs:
+        assert question.startswith('# Question: ') and question.endswith('\n# SQL:\n') and learn
+        database.execute(sql)
+    kinds = ('JOIN', 'GROUP BY', 'HAVING', 'ORDER BY', 'COUNT', 'AVG', ' AND ', ' OR ')
+    assert len(pairs) == 5000 == len({question for (question, _), _ in pairs})
+    assert len({sql for _, (sql, _) in pairs}) > 4900
+    assert all(sum(kind in sql for _, (sql, _) in pairs) > 100 for kind in kinds)
+    _, splits = open_dataset('sql')
+    assert splits['train'].mask and splits['val'].mask
+
+
+@pytest.mark.parametrize('content, name', [
+    ('[{"question": "How many?", "sql": "SELECT 1;"}, {"question": "Who?", "sql": "SELECT 2;"}]', 'pairs.json'),
+    ('{"question": "How many?", "sql": "SELECT 1;"}\n{"question": "Who?", "sql": "SELECT 2;"}\n', 'pairs.jsonl')])
+def test_sql_of_ones_own(prepare, content, name):
+    write(name, content)
+    prepare('sql', f'--source={name}', '--val_fraction=0.5')
+    text = ''.join(decoded('sql').values())
+    assert '# Question: How many?\n# SQL:\nSELECT 1;<|endoftext|>' in text and 'SELECT 2;' in text
+
+
+@pytest.mark.parametrize('script_name, options, words', [
+    ('text', [], '--source=FILE_OR_FOLDER --name=NAME'),
+    ('text', ['--source=none', '--name=x'], '--source=none does not'),
+    ('text', ['--source=folder', '--name=x'], 'has no files that end with .txt'),
+    ('text', ['--source=empty.txt', '--name=x'], 'no document is left'),
+    ('text', ['--source=binary.txt', '--name=x'], 'no document is left'),
+    ('text', ['--source=a.txt', '--name=../x'], '--name=../x'),
+    ('text', ['--source=a.txt', '--name=x', '--tokenizer=bert'], "no tokenizer 'bert'"),
+    ('text', ['--source=bad.jsonl', '--name=x'], 'bad.jsonl, line 1'),
+    ('text', ['--source=bad.jsonl', '--name=x', '--on_bad=ask'], '--on_bad=ask'),
+    ('text', ['--source=a.txt', '--name=x', '--val_fraction=2'], '--val_fraction=2.0'),
+    ('sql', ['--source=none.json'], 'none.json'), ('sql', ['--source=bad.json'], 'bad.json'),
+    ('sql', ['--source=list.json'], 'list.json, line 2: wants a question and its sql'),
+    ('sql', ['--num_pairs=0'], '--num_pairs=0'), ('my_code', ['--source=none'], '--source=none does not'),
+    ('openwebtext', ['--source=./none'], '--source=./none does not')])
+def test_wrong_input(here, fails, script_name, options, words):
+    os.makedirs('folder')
+    for name, content in (('empty.txt', ''), ('binary.txt', b'\0\1\2'), ('a.txt', 'some text\n' * 50),
+                          ('bad.jsonl', '{'), ('bad.json', '['), ('list.json', '[{"question": "a", "sql": "b"}, 7]')):
+        write(name, content)
+    assert words in fails(f'data/{script_name}/prepare.py', *options)[1]
+    assert not os.path.exists(os.path.join(ROOT, 'data', 'x', 'train.bin'))
+
+
+# ---- comparison of tokenizers
+
+@pytest.mark.parametrize('text', ['Hello world, hello words.\n' * 20, '\u4f60\u597d\uff0c\u4e16\u754c\uff01\n' * 20])
+def test_comparison(here, capsys, text):
+    corpus.compare(['compare', write('a.txt', text)], ('char', *BPE_FILES))
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[2:]}
+    assert list(rows) == ['char', *BPE_FILES]
+    for name in BPE_FILES:
+        assert int(rows[name][2].replace(',', '')) == len(BPETokenizer(name).encode(text))
+
+
+@pytest.mark.parametrize('arguments', [[], ['compare'], ['compare', 'none.txt'], ['compare', 'empty.txt'],
+                                       ['count', 'a.txt']])
+def test_wrong_comparisons(here, fails, arguments):
+    write('empty.txt', '')
+    write('a.txt', 'text')
+    fails('dataset.py', *arguments)
