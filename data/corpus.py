@@ -15,8 +15,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import numpy as np
 from tqdm import tqdm
@@ -26,10 +26,12 @@ from dataset import BPETokenizer, CharTokenizer, write_meta
 
 PIECE = 2**22       # characters: a longer text is read and tokenized in pieces of about this length
 BATCH = 2**19       # characters that a thread tokenizes at once
+RECENT = 2**18      # hashes of documents in a set, before they join the sorted ones
 LARGEST = 2**28     # bytes: the longest line of JSON
+EOT = '<|endoftext|>'   # as tiktoken writes the token that ends a document
 SHORT = 20          # characters: shorter documents are counted
 CUT = re.compile(r'(?<=[^\W\d_])(?= [^\W\d_])|(?<=\S\n)(?=[^\s/])')   # between words, or lines: no token spans these
-CONTROL = re.compile('[\x00-\x08\x0b\x0e-\x1f\x7f]')   # no text has these; tabs, ends of lines and pages stay
+CONTROL = bytes({*range(32), 127} - {*b'\t\n\r\f'})   # no text has these characters
 
 
 # ---- documents
@@ -43,7 +45,7 @@ class Piece:
     last: bool = True
     split: str = ''         # 'train' or 'val' if that is not left to chance
 
-    @property
+    @cached_property
     def text(self) -> str:
         return ''.join(text for text, _ in self.parts)
 
@@ -148,7 +150,8 @@ def read_jsonl(path: str, report: Report, on_bad: str = 'stop', parts: Callable 
             fail(f"{path} has a line of more than {LARGEST:,} bytes; split it")
         return parts(json.loads(line))
     with open(path, 'rb') as file:
-        yield from read_rows(iter(lambda: file.readline(LARGEST), b''), path, report, on_bad, parse, len)
+        lines = file if os.path.getsize(path) < LARGEST else iter(lambda: file.readline(LARGEST), b'')
+        yield from read_rows(lines, path, report, on_bad, parse, len)
 
 
 def read_table(rows: Iterable[dict], report: Report, field: str = 'text') -> Iterator[Piece]:
@@ -194,10 +197,12 @@ class _Seen:
         self.old, self.new = np.zeros(0, np.uint64), set()
 
     def __call__(self, number: int) -> bool:
-        at = np.searchsorted(self.old, np.uint64(number))
-        found = number in self.new or at < len(self.old) and int(self.old[at]) == number
+        found = number in self.new
+        if len(self.old) and not found:
+            at = np.searchsorted(self.old, np.uint64(number))
+            found = at < len(self.old) and int(self.old[at]) == number
         self.new.add(number)
-        if len(self.new) > 2**16:
+        if len(self.new) > RECENT:
             self.old = np.union1d(self.old, np.fromiter(self.new, np.uint64, len(self.new)))
             self.new.clear()
         return found
@@ -207,22 +212,25 @@ def clean(pieces: Iterable[Piece], report: Report) -> Iterator[Piece]:
     """ the pieces without what no model should learn; all that is found is counted """
     seen, chain = _Seen(), b''
     for piece in pieces:
-        text, whole = piece.text, piece.first and piece.last
         report['documents'] += piece.first
-        if CONTROL.search(text):
-            report['documents with control characters, which were removed'] += 1
-            piece.parts = [(CONTROL.sub('', part), learn) for part, learn in piece.parts]
-            text = piece.text
         try:
-            content = text.encode()
+            content = piece.text.encode()
         except UnicodeEncodeError:   # "\\ud800" in JSON
             report['documents with halves of characters, left out'] += 1
             continue
-        if whole and not text.strip():
+        if len(content.translate(None, CONTROL)) < len(content):
+            report['documents with control characters, which were removed'] += 1
+            piece = replace(piece, parts=[(part.encode().translate(None, CONTROL).decode(), learn)
+                                          for part, learn in piece.parts])
+            content = piece.text.encode()
+        whole = piece.first and piece.last
+        if whole and not content.strip():
             report['empty documents, left out'] += 1
             continue
-        report[f'documents shorter than {SHORT} characters'] += whole and len(text) < SHORT
-        report['documents with U+FFFD, where an earlier program lost characters'] += '\ufffd' in text
+        if whole and len(piece.text) < SHORT:
+            report[f'documents shorter than {SHORT} characters'] += 1
+        if '\ufffd' in piece.text:
+            report['documents with U+FFFD, where an earlier program lost characters'] += 1
         chain = hashlib.blake2b((b'' if piece.first else chain) + content, digest_size=8).digest()
         if seen(int.from_bytes(chain, 'little')):
             report['exact duplicates, left out'] += piece.first
@@ -279,35 +287,39 @@ class _Output:
         self.tokens, self.sha256, self.mask, self.mask_sha256 = 0, hashlib.sha256(), None, hashlib.sha256()
         self.file = None if dry_run else stack.enter_context(atomic_write(f'{path}.bin'))
 
-    def add(self, ids: np.ndarray, learn: np.ndarray) -> None:
-        if self.file and self.mask is None and not learn.all():
+    def add(self, ids: np.ndarray, learn: np.ndarray | None) -> None:
+        if self.file and self.mask is None and learn is not None:
             self.mask = self.stack.enter_context(atomic_write(f'{self.path}.mask.bin'))
             for begin in range(0, self.tokens, 2**20):
                 self._mask(b'\1' * min(2**20, self.tokens - begin))
         self.tokens += len(ids)
         if self.file:
-            self.file.write(content := ids.astype(self.dtype).tobytes())
+            self.file.write(content := ids.astype(self.dtype))
             self.sha256.update(content)
         if self.mask:
-            self._mask(learn.astype(np.uint8).tobytes())
+            self._mask(np.ones(len(ids), np.uint8) if learn is None else learn)
 
-    def _mask(self, content: bytes) -> None:
+    def _mask(self, content: bytes | np.ndarray) -> None:
         self.mask.write(content)
         self.mask_sha256.update(content)
 
 
-def _encode(tokenizer, batch: list[tuple[str, Piece]], eot: bool) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """ for each split the ids of its pieces, and whether each is to be learned """
-    found = {}
+def _encode(tokenizer, batch: list[tuple[str, Piece]], eot: bool) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
+    """ for each split the ids of its pieces and, where not all are to be learned, which ones are: 1, else 0 """
+    if eot and all(piece.parts[0][1] and len(piece.parts) == 1 and EOT not in piece.text for _, piece in batch):
+        texts = {}   # one call for all: each would wait for the thread that reads
+        for split, piece in batch:
+            texts.setdefault(split, []).append(piece.text + EOT * (piece.last and tokenizer.eot is not None))
+        return {split: (tokenizer.encode(''.join(parts), special=True), None) for split, parts in texts.items()}
+    found, end = {}, np.array([] if not eot or tokenizer.eot is None else [tokenizer.eot], np.uint32)
     for split, piece in batch:
-        ids, learn = found.setdefault(split, ([], []))
-        for text, learned in piece.parts:
-            ids.append(tokenizer.encode(text))
-            learn.append(np.full(len(ids[-1]), learned))
-        if eot and piece.last and tokenizer.eot is not None:
-            ids.append(np.array([tokenizer.eot], np.uint32))
-            learn.append(np.array([piece.parts[-1][1]]))
-    return {split: tuple(map(np.concatenate, lists)) for split, lists in found.items()}
+        runs = found.setdefault(split, [])
+        runs += [(tokenizer.encode(text), learn) for text, learn in piece.parts]
+        if piece.last:
+            runs.append((end, piece.parts[-1][1]))
+    return {split: (np.concatenate([ids for ids, _ in runs]), None if all(learn for _, learn in runs) else
+                    np.concatenate([np.full(len(ids), learn, np.uint8) for ids, learn in runs]))
+            for split, runs in found.items()}
 
 
 def _batches(pieces: Iterable[Piece], splits: Iterator[str], bar: tqdm) -> Iterator[list[tuple[str, Piece]]]:

@@ -184,8 +184,9 @@ def test_cleaning_counts_what_it_does():
         'documents with halves of characters, left out': 1}
 
 
-def test_duplicates_are_found_among_many():
-    """ more than the 65,536 that are kept in a set """
+def test_duplicates_are_found_among_many(monkeypatch):
+    """ more than are kept in a set """
+    monkeypatch.setattr(corpus, 'RECENT', 2**16)
     numbers = [*range(70_000), *range(70_000, 80_000), *range(70_000)]
     report = Report()
     left = list(clean((Piece([(f'document number {i}', True)]) for i in numbers), report))
@@ -224,6 +225,16 @@ def test_documents_end_with_end_of_text_and_none_is_on_both_sides(here, capsys):
     out = capsys.readouterr().out
     for line in ('documents that stay', 'characters per token', 'vocabulary used', 'five of them', 'longest document'):
         assert line in out
+
+
+def test_an_end_of_text_in_a_text_is_no_end(here):
+    """ its letters are not the token, whatever else is in the batch """
+    pieces = [Piece([(f'document {i} writes <|endoftext|> out' if i % 7 == 0 else f'document {i} does not', True)])
+              for i in range(50)]
+    write_corpus('data/mine', GPT2, pieces, Report(), val_fraction=0.1)
+    _, splits = open_dataset('mine')
+    assert sum((data.array() == 50256).sum() for data in splits.values()) == 50
+    assert ''.join(decoded('mine').values()).count('<|endoftext|>') == 58
 
 
 def test_limit_and_dry_run(here, capsys):

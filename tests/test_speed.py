@@ -260,7 +260,7 @@ def mixed_documents(size):
         made += len(document)
 
 
-def prepare(name, *options):
+def run_prepare(name, *options):
     """ seconds and peak bytes of a prepare.py in a process of its own, which must end well """
     start = time.perf_counter()
     with tempfile.TemporaryFile() as output:
@@ -272,7 +272,7 @@ def prepare(name, *options):
 
 
 def test_200_mb_against_bare_tiktoken(here):
-    """ prepare.py, files and report included, against encode_ordinary_batch with as many threads on a list in memory """
+    """ prepare.py, files and report included, against encode_ordinary_batch of a list in memory, with as many threads """
     texts = list(mixed_documents(200_000_000))
     with open('a.jsonl', 'w') as file:
         file.writelines(json.dumps({'text': text}) + '\n' for text in texts)
@@ -281,7 +281,7 @@ def test_200_mb_against_bare_tiktoken(here):
         start = time.perf_counter()
         bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count())
         bare.append(time.perf_counter() - start)
-        ours.append(prepare('text', '--source=a.jsonl', f'--name={name}'))
+        ours.append(run_prepare('text', '--source=a.jsonl', f'--name={name}'))
     shutil.rmtree(os.path.join(ROOT, 'data', name))
     seconds, memory = statistics.median(seconds for seconds, _ in ours), max(memory for _, memory in ours)
     ratio = statistics.median(bare) / seconds
@@ -295,7 +295,7 @@ def test_memory_does_not_grow_with_the_corpus(here):
     for size in (50, 400):
         with open('a.jsonl', 'w') as file:
             file.writelines(json.dumps({'text': text}) + '\n' for text in mixed_documents(size * 1_000_000))
-        peaks.append(prepare('text', '--source=a.jsonl', f'--name={name}')[1])
+        peaks.append(run_prepare('text', '--source=a.jsonl', f'--name={name}')[1])
     shutil.rmtree(os.path.join(ROOT, 'data', name))
     print(f"\n50 MB: {peaks[0] / 1e6:.0f} MB, 400 MB: {peaks[1] / 1e6:.0f} MB at most")
     assert abs(peaks[1] / peaks[0] - 1) < 0.1
@@ -313,7 +313,8 @@ def through_arrow(path, threads):
     whole = datasets.load_dataset('parquet', data_files=path, split='train', cache_dir='cache')
     split = whole.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
     for name, part in split.map(process, remove_columns=['text'], num_proc=threads).items():
-        array = np.memmap(f'{name}.bin', dtype=np.uint16, mode='w+', shape=(int(np.sum(part['len'][:], dtype=np.uint64)),))
+        total = int(np.sum(part['len'][:], dtype=np.uint64))
+        array = np.memmap(f'{name}.bin', dtype=np.uint16, mode='w+', shape=(total,))
         at, shards = 0, min(1024, len(part))
         for i in range(shards):
             ids = np.concatenate(part.shard(shards, i, contiguous=True).with_format('numpy')['ids'][:])
