@@ -24,7 +24,7 @@ from tqdm import tqdm
 from common import atomic_write, fail, print0
 from dataset import BPETokenizer, CharTokenizer, write_meta
 
-PIECE = 2**22       # characters: a longer text is read and tokenized in pieces of about this length
+PIECE = 2**20       # characters: a longer text is read and tokenized in pieces of about this length
 BATCH = 2**19       # characters that a thread tokenizes at once
 RECENT = 2**18      # hashes of documents in a set, before they join the sorted ones
 LARGEST = 2**28     # bytes: the longest line of JSON
@@ -265,18 +265,15 @@ def _lottery(fraction: float, seed: int) -> Iterator[str]:
         yield from ('val' if i == chosen else 'train' for i in range(every))
 
 
-def cut_off_val(pieces: list[Piece], fraction: float) -> list[Piece]:
-    """ for few documents: the end of each, a fraction of its characters and up to the end of a line, as val """
-    found = []
+def cut_off_val(pieces: Iterable[Piece], fraction: float) -> Iterator[Piece]:
+    """ for few documents: the end of each piece, a fraction of its characters and from the start of a line, as val """
     for piece in pieces:
-        text = piece.text
-        border = text.find('\n', int(len(text) * (1 - fraction))) + 1
-        if len(piece.parts) > 1 or not 0 < border < len(text):
-            found.append(piece)
-            continue
-        found.append(Piece([(text[:border], True)], piece.size, piece.first, split='train'))
-        found.append(Piece([(text[border:], True)], 0, True, piece.last, split='val'))
-    return found
+        border = piece.text.find('\n', int(len(piece.text) * (1 - fraction))) + 1
+        if 0 < border < len(piece.text):
+            yield Piece([(piece.text[:border], True)], piece.size, piece.first, split='train')
+            yield Piece([(piece.text[border:], True)], 0, True, piece.last, split='val')
+        else:
+            yield replace(piece, split='train')
 
 
 class _Output:

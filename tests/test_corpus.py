@@ -466,3 +466,22 @@ def test_wrong_comparisons(here, fails, arguments):
     write('empty.txt', '')
     write('a.txt', 'text')
     fails('dataset.py', *arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason="Linux tells the peak of one program there")
+def test_memory_stays_the_same_for_a_larger_corpus(here):
+    """ the most that a process of its own takes, for 5 MB and for 40 MB in one file of text """
+    code = "import sys; sys.path[:0] = sys.argv[1:3]; import corpus, dataset\n" \
+           "report = corpus.Report()\n" \
+           "corpus.write_corpus('data/mine', dataset.BPETokenizer('gpt2'), corpus.cut_off_val(corpus.read_text(\n" \
+           "    sys.argv[3], report), 0.1), report, num_proc=2)\n" \
+           "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    text = open(os.path.join(ROOT, 'data', 'shakespeare_char', 'input.txt')).read()
+    peaks = []
+    for times in (8, 40):
+        write('a.txt', ''.join(f'{i} {text}' for i in range(times)))
+        done = subprocess.run([sys.executable, '-c', code, ROOT, os.path.join(ROOT, 'data'), 'a.txt'],
+                              capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout.split()[-1]))
+    assert peaks[1] < 1.1 * peaks[0] and peaks[1] < 10**6

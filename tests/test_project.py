@@ -108,6 +108,7 @@ def readme_commands():
     text = open(os.path.join(ROOT, 'README.md'), encoding='utf-8').read()
     blocks = re.findall(r'^(?:    .*\n)+', text, re.M) + re.findall(r'```.*?\n(.*?)```', text, re.S)
     lines = [line.strip().removeprefix('$ ') for block in blocks for line in block.splitlines()]
+    lines += re.findall(r'`(python data/[^`]*)`', text)   # in tables
     lines = [re.sub(r'^torchrun( --\S+)* (?=\S+\.py)', 'python ', line) for line in lines]
     return [line for line in lines if re.match(r'python \S+\.py|make ', line)]
 
@@ -122,6 +123,8 @@ def test_readme_commands_parse(here, configured, command):
     if program == 'make':
         targets = re.findall(r'^(\w+):', open(os.path.join(ROOT, 'Makefile')).read(), re.M)
         assert set(arguments) <= set(targets)
+    elif arguments[0] == 'dataset.py':
+        assert arguments[1] == 'compare' and len(arguments) == 3   # it has no configuration
     elif '--help' in arguments or 'leraning_rate' in command:   # shown for its error
         with pytest.raises(SystemExit):
             configured(*arguments)

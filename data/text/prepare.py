@@ -37,7 +37,7 @@ if os.path.basename(name) != name or name.startswith('.'):
 
 def documents(report):
     pieces = corpus.read_documents(paths, report, field, on_bad)
-    return list(corpus.cut_off_val(pieces, val_fraction)) if few else pieces
+    return corpus.cut_off_val(pieces, val_fraction) if few else pieces
 
 
 with one_line_errors():
