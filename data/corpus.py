@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -110,6 +111,21 @@ def read_text(path: str, report: Report) -> Iterator[Piece]:
                 first = False
             text = text[cut:] + more
     yield Piece([(text, True)], len(text.encode()), first)
+
+
+def read_text_with_val(path: str, report: Report, fraction: float) -> Iterator[Piece]:
+    """ a text file whose end is for val: this fraction of its characters, up to where a line begins """
+    border, split = int(sum(len(piece.text) for piece in read_text(path, Report())) * (1 - fraction)), 'train'
+    for piece in read_text(path, report):
+        text = piece.text
+        if split == 'train' and 0 <= border < len(text):
+            cut, split = text.find('\n', border) + 1 or border, 'val'
+            yield Piece([(text[:cut], True)], piece.size, piece.first, split='train')
+            if text[cut:]:
+                yield Piece([(text[cut:], True)], 0, False, piece.last, 'val')
+        else:
+            yield replace(piece, split=split)
+        border -= len(text)
 
 
 def parts_of(row: dict, field: str = 'text') -> list[tuple[str, bool]]:
@@ -265,17 +281,6 @@ def _lottery(fraction: float, seed: int) -> Iterator[str]:
         yield from ('val' if i == chosen else 'train' for i in range(every))
 
 
-def cut_off_val(pieces: Iterable[Piece], fraction: float) -> Iterator[Piece]:
-    """ for few documents: the end of each piece, a fraction of its characters and from the start of a line, as val """
-    for piece in pieces:
-        border = piece.text.find('\n', int(len(piece.text) * (1 - fraction))) + 1
-        if 0 < border < len(piece.text):
-            yield Piece([(piece.text[:border], True)], piece.size, piece.first, split='train')
-            yield Piece([(piece.text[border:], True)], 0, True, piece.last, split='val')
-        else:
-            yield replace(piece, split='train')
-
-
 class _Output:
     """ one split on its way to the disk: ids, and from the first part on that is not to be learned, a mask """
 
@@ -393,6 +398,9 @@ def write_corpus(folder: str, tokenizer: BPETokenizer | CharTokenizer, pieces: I
                       for split, output in outputs.items() if output.mask}
             write_meta(folder, tokenizer, {name: tokens for name, (tokens, _) in files.items()},
                        {name: sha256.hexdigest() for name, (_, sha256) in files.items()})
+            old = {'train.mask', 'val.mask'} - {*files}   # of a dataset that was here before
+            for name in [f'{name}.bin' for name in old] + ['meta.pkl'] * (tokenizer.name != 'char'):
+                Path(folder, name).unlink(missing_ok=True)
     _print_report(report, look, outputs, used)
 
 

@@ -361,6 +361,26 @@ def test_a_text_of_ones_own(prepare):
     assert 'line 99' in text and 'verse 99' in text and 'line 50' not in text
 
 
+@pytest.mark.parametrize('text', ['a long line without end ' * 200, 'one\ntwo\n' * 2000, 'x\n' * 50 + 'y' * 5000])
+def test_the_end_of_a_long_text_is_for_validation(here, monkeypatch, text):
+    """ also where the border is in one of many pieces, or in a line that goes on to the end """
+    monkeypatch.setattr(corpus, 'PIECE', 500)
+    pieces = list(corpus.read_text_with_val(write('a.txt', text), Report(), 0.1))
+    parts = {split: ''.join(piece.text for piece in pieces if piece.split == split) for split in ('train', 'val')}
+    assert parts['train'] + parts['val'] == text and 0.05 < len(parts['val']) / len(text) < 0.11
+    assert [piece.last for piece in pieces].count(True) == 2 and [piece.first for piece in pieces].count(True) == 1
+
+
+def test_a_dataset_prepared_again_has_nothing_of_the_old_one(prepare):
+    rows = [{'prompt': f'{i}+{i}=', 'completion': str(2 * i)} for i in range(60)]
+    write('chats.jsonl', ''.join(json.dumps(row) + '\n' for row in rows))
+    prepare('text', '--source=chats.jsonl', '--name=again', '--tokenizer=char')
+    assert os.path.exists('data/again/meta.pkl') and os.path.exists('data/again/val.mask.bin')
+    prepare('text', f'--source={write("book.txt", "some text" * 99)}', '--name=again')
+    assert sorted(os.listdir('data/again')) == ['meta.json', 'train.bin', 'val.bin']
+    assert open_dataset('again')[1]['train'].mask is None
+
+
 def test_chats_of_ones_own(prepare):
     rows = [{'prompt': f'{i}+{i}=', 'completion': str(2 * i)} for i in range(60)]
     write('chats.jsonl', ''.join(json.dumps(row) + '\n' for row in rows))
@@ -432,6 +452,7 @@ def test_sql_of_ones_own(prepare, content, name):
     ('text', ['--source=empty.txt', '--name=x'], 'no document is left'),
     ('text', ['--source=binary.txt', '--name=x'], 'no document is left'),
     ('text', ['--source=a.txt', '--name=../x'], '--name=../x'),
+    ('text', ['--source=a.txt', '--name=sql'], '--name=sql'),
     ('text', ['--source=a.txt', '--name=x', '--tokenizer=bert'], "no tokenizer 'bert'"),
     ('text', ['--source=bad.jsonl', '--name=x'], 'bad.jsonl, line 1'),
     ('text', ['--source=bad.jsonl', '--name=x', '--on_bad=ask'], '--on_bad=ask'),
@@ -474,8 +495,8 @@ def test_memory_stays_the_same_for_a_larger_corpus(here):
     """ the most that a process of its own takes, for 5 MB and for 40 MB in one file of text """
     code = "import sys; sys.path[:0] = sys.argv[1:3]; import corpus, dataset\n" \
            "report = corpus.Report()\n" \
-           "corpus.write_corpus('data/mine', dataset.BPETokenizer('gpt2'), corpus.cut_off_val(corpus.read_text(\n" \
-           "    sys.argv[3], report), 0.1), report, num_proc=2)\n" \
+           "corpus.write_corpus('data/mine', dataset.BPETokenizer('gpt2'), \n" \
+           "    corpus.read_text_with_val(sys.argv[3], report, 0.1), report, num_proc=2)\n" \
            "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     text = open(os.path.join(ROOT, 'data', 'shakespeare_char', 'input.txt')).read()
     peaks = []

@@ -27,5 +27,5 @@ with one_line_errors():
     with open(source, encoding='utf-8') as file:
         text = file.read()
     border = int(len(text) * 0.9)   # as in nanoGPT: 90% of the characters, in the middle of a line
-    pieces = [Piece([(text[:border], True)], split='train'), Piece([(text[border:], True)], split='val')]
+    pieces = [Piece([(text[:border], True)], split='train'), Piece([(text[border:], True)], first=False, split='val')]
     write_corpus(folder, make_tokenizer({'name': tokenizer}), pieces, Report(), eot=False, dry_run=dry_run)

@@ -6,6 +6,7 @@ $ python train.py config/train_shakespeare_char.py --dataset=mybook
 """
 import os
 import sys
+from itertools import chain
 
 folder = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.join(folder, '..', '..'), os.path.join(folder, '..')]
@@ -33,11 +34,16 @@ if not source or not name:
     fail("say what and where to: --source=FILE_OR_FOLDER --name=NAME")
 if os.path.basename(name) != name or name.startswith('.'):
     fail(f"--name={name} is no name of a folder")
+if os.path.exists(os.path.join(folder, '..', name, 'prepare.py')):
+    fail(f"--name={name} is a dataset of its own; choose another name")
+if not 0 < val_fraction <= 0.5:
+    fail(f"--val_fraction={val_fraction} must be above 0 and at most 0.5")
 
 
 def documents(report):
-    pieces = corpus.read_documents(paths, report, field, on_bad)
-    return corpus.cut_off_val(pieces, val_fraction) if few else pieces
+    if few:
+        return chain.from_iterable(corpus.read_text_with_val(path, report, val_fraction) for path in paths)
+    return corpus.read_documents(paths, report, field, on_bad)
 
 
 with one_line_errors():
