@@ -254,16 +254,15 @@ def run_state():
 
 
 def forward_backward(model, iter_num, micro_step):
-    """ add the gradient of one batch's share; returns that share of the loss, on the device
-
-    Batch and dropout are a pure function of the seed and the place in the run: a resumed run goes on exactly, and
-    processes and accumulation steps can be traded for each other.
-    """
+    """ add the gradient of one batch's share; returns that share of the loss, on the device """
+    # batch and dropout are a function of the seed and the place in the run only, so it can stop, or trade its shares
     step = iter_num * gradient_accumulation_steps + (micro_step * world_size + rank) // parts
-    x, y = to_device(splits['train'].batch(batch_size, block_size, seed, 'train', step)[rank % parts::parts])
+    rows = splits['train'].batch(batch_size, block_size, seed, 'train', step)
+    x, y = to_device(mine := rows[rank % parts::parts])
+    weight = parts * (mine[:, 1:] >= 0).sum().item() / (rows[:, 1:] >= 0).sum().item()   # not 1 where a mask leaves less
     reseed(batch_seed(seed, f'dropout {rank % parts}', step))
     with context:
-        loss = model(x, y)[1] / micro_steps
+        loss = model(x, y)[1] / (micro_steps / weight)
     scaler.scale(loss).backward()
     return loss.detach()
 

@@ -5,7 +5,9 @@
 
 What every prepare.py below shares. The files that it writes are described, and read, in dataset.py.
 """
+import glob
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -14,7 +16,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common import atomic_write, fail, print0
+from common import atomic_write, fail, first_line, print0
 from dataset import BPETokenizer, CharTokenizer, write_meta
 
 PIECE = 2**20       # characters: a longer text is read and tokenized in pieces of about this length
@@ -31,7 +33,8 @@ RECENT = 2**18      # hashes of documents in a set, before they join the sorted 
 LARGEST = 2**28     # bytes: the longest line of JSON
 EOT = '<|endoftext|>'   # as tiktoken writes the token that ends a document
 SHORT = 20          # characters: shorter documents are counted
-CUT = re.compile(r'(?<=[^\W\d_])(?= [^\W\d_])|(?<=\S\n)(?=[^\s/])')   # between words, or lines: no token spans these
+# where no token of any tokenizer goes across: before a word, or the end of a line or sentence, or after a single line
+CUT = re.compile('(?<=[^\\W\\d_])(?= [^\\W\\d_]|[\n\uff0c\u3002\uff01\uff1f])|(?<=\\S\n)(?=[^\\s/])')
 CONTROL = bytes({*range(32), 127} - {*b'\t\n\r\f'})   # no text has these characters
 
 
@@ -45,6 +48,7 @@ class Piece:
     first: bool = True      # of its document
     last: bool = True
     split: str = ''         # 'train' or 'val' if that is not left to chance
+    key: bytes = b''        # a hash of the whole document
 
     @cached_property
     def text(self) -> str:
@@ -60,33 +64,54 @@ def find_files(source: str, extensions: str, skip: Callable[[str], bool] = lambd
 
     Folders and files with a dot in front, and those whose name is to be skipped, are left out.
     """
-    if not os.path.exists(source):
+    def unreadable(error):
+        raise error
+    if not os.path.exists(source := os.path.expanduser(source)):
         fail(f"--source={source} does not exist")
     if os.path.isfile(source):
         return [source]
     wanted, found = tuple(each.strip() for each in extensions.split(',')), []
-    for folder, folders, names in os.walk(source):
+    for folder, folders, names in os.walk(source, onerror=unreadable):
         folders[:] = sorted(name for name in folders if not name.startswith('.') and not skip(name))
         found += [os.path.join(folder, name) for name in sorted(names)
-                  if name.endswith(wanted) and not name.startswith('.') and not skip(name)]
+                  if name.endswith(wanted) and not name.startswith('.') and not skip(name)
+                  and os.path.isfile(os.path.join(folder, name))]
     if not found:
         fail(f"--source={source} has no files that end with {' or '.join(wanted)}")
     return found
 
 
-def _encoding(path: str, report: Report) -> str | None:
-    """ UTF-8, UTF-16 if it says so, else Windows-1252, which is counted; None for what is no text """
+def _chunks(path: str, **options) -> Iterator[str]:
+    with open(path, **options) as file:
+        yield from iter(lambda: file.read(2**20), '')
+
+
+def _encoding(path: str, report: Report) -> dict | None:
+    """ how to open a text file: UTF-8, UTF-16 if it says so, else what is counted; None for what is no text
+
+    Where few of many characters are broken it is UTF-8, and they are dropped; else it is Windows-1252.
+    """
     with open(path, 'rb') as file:
-        head = file.read(2)
-    for name in (['utf-16'] if head in (b'\xff\xfe', b'\xfe\xff') else ['utf-8-sig', 'cp1252']):
+        name = 'utf-16' if file.read(2) in (b'\xff\xfe', b'\xfe\xff') else 'utf-8-sig'
+    text = bad = 0
+    for chunk in _chunks(path, encoding=name, errors='replace'):
+        if '\0' in chunk:
+            report['files that are no text, left out'] += 1
+            return None
+        bad += chunk.count('\ufffd')
+        text += len(chunk) - len(chunk.encode('ascii', 'ignore'))   # not ASCII, the bad ones too
+    for errors, what in (('strict', ''), ('ignore', 'files with bytes that are no UTF-8, which were dropped'),
+                         ('cp1252', 'files that are not UTF-8, read as Windows-1252')):
+        options = {'encoding': 'cp1252'} if errors == 'cp1252' else {'encoding': name, 'errors': errors}
+        if errors == 'ignore' and text < 3 * bad:
+            continue
         try:
-            with open(path, encoding=name) as file:
-                if any('\0' in chunk for chunk in iter(lambda file=file: file.read(2**20), '')):
-                    break
-            report['files that are not UTF-8, read as Windows-1252'] += name == 'cp1252'
-            return name
+            for _ in _chunks(path, **options) if bad else ():   # U+FFFD itself may stand there
+                pass
         except UnicodeDecodeError:
-            pass
+            continue
+        report[what] += bool(what)
+        return options
     report['files that are no text, left out'] += 1
     return None
 
@@ -101,16 +126,19 @@ def _border(text: str) -> int:
 
 def read_text(path: str, report: Report) -> Iterator[Piece]:
     """ a text file as one document, in pieces """
-    if not (encoding := _encoding(path, report)):
+    if not (options := _encoding(path, report)):
         return
-    with open(path, encoding=encoding) as file:
+    key = hashlib.blake2b(digest_size=8)
+    for chunk in _chunks(path, **options):
+        key.update(chunk.encode())
+    with open(path, **options) as file:
         text, first = file.read(PIECE), True
         while more := file.read(PIECE):
             if cut := _border(text):
-                yield Piece([(text[:cut], True)], len(text[:cut].encode()), first, last=False)
+                yield Piece([(text[:cut], True)], len(text[:cut].encode()), first, False, key=key.digest())
                 first = False
             text = text[cut:] + more
-    yield Piece([(text, True)], len(text.encode()), first)
+    yield Piece([(text, True)], len(text.encode()), first, key=key.digest())
 
 
 def read_text_with_val(path: str, report: Report, fraction: float) -> Iterator[Piece]:
@@ -120,7 +148,7 @@ def read_text_with_val(path: str, report: Report, fraction: float) -> Iterator[P
         text = piece.text
         if split == 'train' and 0 <= border < len(text):
             cut, split = text.find('\n', border) + 1 or border, 'val'
-            yield Piece([(text[:cut], True)], piece.size, piece.first, split='train')
+            yield Piece([(text[:cut], True)], piece.size, piece.first, True, 'train', piece.key)
             if text[cut:]:
                 yield Piece([(text[cut:], True)], 0, False, piece.last, 'val')
         else:
@@ -190,7 +218,7 @@ def load_table(field: str, *source, **options):
             raise ValueError(f"no column {field!r}, there are {', '.join(table.column_names)}; --field= chooses one")
         return table.select_columns([field]).iter(1000)
     except Exception as error:   # no network, no such name, no Parquet, ...
-        fail(f"cannot read {options.get('data_files') or source[0]} ({str(error).strip().splitlines()[0]})")
+        fail(f"cannot read {options.get('data_files') or source[0]} ({first_line(error)})")
 
 
 def read_documents(paths: list[str], report: Report, field: str = 'text', on_bad: str = 'stop') -> Iterator[Piece]:
@@ -199,7 +227,7 @@ def read_documents(paths: list[str], report: Report, field: str = 'text', on_bad
         if path.endswith('.jsonl'):
             yield from read_jsonl(path, report, on_bad, partial(parts_of, field=field))
         elif path.endswith('.parquet'):
-            yield from read_table(load_table(field, 'parquet', data_files=path), report, field)
+            yield from read_table(load_table(field, 'parquet', data_files=glob.escape(path)), report, field)
         else:
             yield from read_text(path, report)
 
@@ -226,7 +254,7 @@ class _Seen:
 
 def clean(pieces: Iterable[Piece], report: Report) -> Iterator[Piece]:
     """ the pieces without what no model should learn; all that is found is counted """
-    seen, chain = _Seen(), b''
+    seen, again = _Seen(), False
     for piece in pieces:
         report['documents'] += piece.first
         try:
@@ -247,11 +275,12 @@ def clean(pieces: Iterable[Piece], report: Report) -> Iterator[Piece]:
             report[f'documents shorter than {SHORT} characters'] += 1
         if '\ufffd' in piece.text:
             report['documents with U+FFFD, where an earlier program lost characters'] += 1
-        chain = hashlib.blake2b((b'' if piece.first else chain) + content, digest_size=8).digest()
-        if seen(int.from_bytes(chain, 'little')):
-            report['exact duplicates, left out'] += piece.first
-            continue
-        yield piece
+        if piece.first:
+            key = piece.key or hashlib.blake2b(content, digest_size=8).digest()
+            again = seen(int.from_bytes(key, 'little'))
+            report['exact duplicates, left out'] += again
+        if not again:
+            yield piece
 
 
 def near_duplicates(pieces: Iterable[Piece], report: Report) -> Iterator[Piece]:
@@ -272,12 +301,12 @@ def near_duplicates(pieces: Iterable[Piece], report: Report) -> Iterator[Piece]:
 # ---- tokens
 
 def _lottery(fraction: float, seed: int) -> Iterator[str]:
-    """ the split of one document after the other: of every 1 / fraction of them a random one goes to val """
-    if not 0 < fraction <= 0.5:
-        fail(f"--val_fraction={fraction} must be above 0 and at most 0.5")
+    """ the split of one document after the other: of every 1 / fraction of them a random one goes to val
+
+    Of the first ones it is the second, so that two documents are enough.
+    """
     dice, every = random.Random(seed), round(1 / fraction)
-    while True:
-        chosen = dice.randrange(every)
+    for chosen in itertools.chain([1], iter(lambda: dice.randrange(every), -1)):
         yield from ('val' if i == chosen else 'train' for i in range(every))
 
 
@@ -286,7 +315,8 @@ class _Output:
 
     def __init__(self, stack: ExitStack, path: str, dtype: np.dtype, dry_run: bool):
         self.stack, self.path, self.dtype, self.dry_run = stack, path, dtype, dry_run
-        self.tokens, self.sha256, self.mask, self.mask_sha256 = 0, hashlib.sha256(), None, hashlib.sha256()
+        self.tokens, self.learned = 0, 0
+        self.sha256, self.mask, self.mask_sha256 = hashlib.sha256(), None, hashlib.sha256()
         self.file = None if dry_run else stack.enter_context(atomic_write(f'{path}.bin'))
 
     def add(self, ids: np.ndarray, learn: np.ndarray | None) -> None:
@@ -295,6 +325,7 @@ class _Output:
             for begin in range(0, self.tokens, 2**20):
                 self._mask(b'\1' * min(2**20, self.tokens - begin))
         self.tokens += len(ids)
+        self.learned += len(ids) if learn is None else int(learn.sum())
         if self.file:
             self.file.write(content := ids.astype(self.dtype))
             self.sha256.update(content)
@@ -306,17 +337,29 @@ class _Output:
         self.mask_sha256.update(content)
 
 
+def _ids(tokenizer, text: str) -> np.ndarray:
+    """ tiktoken's, in halves where a run of hundreds of thousands of blanks is too much for its regular expression """
+    try:
+        return tokenizer.encode(text)
+    except ValueError:
+        half = len(text) // 2
+        if half < 2**14:
+            raise
+        return np.concatenate((_ids(tokenizer, text[:half]), _ids(tokenizer, text[half:])))
+
+
 def _encode(tokenizer, batch: list[tuple[str, Piece]], eot: bool) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
     """ for each split the ids of its pieces and, where not all are to be learned, which ones are: 1, else 0 """
     if eot and all(piece.parts[0][1] and len(piece.parts) == 1 and EOT not in piece.text for _, piece in batch):
         texts = {}   # one call for all: each would wait for the thread that reads
         for split, piece in batch:
             texts.setdefault(split, []).append(piece.text + EOT * (piece.last and tokenizer.eot is not None))
-        return {split: (tokenizer.encode(''.join(parts), special=True), None) for split, parts in texts.items()}
+        with suppress(ValueError):   # see _ids
+            return {split: (tokenizer.encode(''.join(parts), special=True), None) for split, parts in texts.items()}
     found, end = {}, np.array([] if not eot or tokenizer.eot is None else [tokenizer.eot], np.uint32)
     for split, piece in batch:
         runs = found.setdefault(split, [])
-        runs += [(tokenizer.encode(text), learn) for text, learn in piece.parts]
+        runs += [(_ids(tokenizer, text), learn) for text, learn in piece.parts]
         if piece.last:
             runs.append((end, piece.parts[-1][1]))
     return {split: (np.concatenate([ids for ids, _ in runs]), None if all(learn for _, learn in runs) else
@@ -366,6 +409,10 @@ def write_corpus(folder: str, tokenizer: BPETokenizer | CharTokenizer, pieces: I
     num_proc threads (0: one for each processor); total: bytes of the source, for the progress bar; limit: documents.
     Nothing stands under the final names until all is written. SystemExit if a split remains without tokens.
     """
+    if not 0 < val_fraction <= 0.5:
+        fail(f"--val_fraction={val_fraction} must be above 0 and at most 0.5")
+    if min(num_proc, limit) < 0:
+        fail(f"--num_proc={num_proc} and --limit={limit} must be at least 0")
     threads, used, look = num_proc or os.cpu_count(), np.zeros(tokenizer.vocab_size, bool), _Look(seed)
     dtype, waiting, begin = np.dtype('<u2' if tokenizer.vocab_size <= 2**16 else '<u4'), deque(), time.perf_counter()
     pieces = look(_first(clean(pieces, report), limit))
@@ -392,6 +439,8 @@ def write_corpus(folder: str, tokenizer: BPETokenizer | CharTokenizer, pieces: I
         for split, output in outputs.items():
             if not output.tokens:
                 fail(f"no document is left for {split}; there are {look.documents:,}, --val_fraction={val_fraction}")
+            if not output.learned:
+                fail(f"no token of {split} is to be learned: a completion, or what the role 'assistant' says, is")
         if not dry_run:
             files = {split: (output.tokens, output.sha256) for split, output in outputs.items()}
             files |= {f'{split}.mask': (output.tokens, output.mask_sha256)
@@ -420,6 +469,8 @@ def _print_report(report: Report, look: _Look, outputs: dict[str, _Output], used
     rows += [('documents that stay', f'{look.documents:,}'), ('characters', f'{look.characters:,}'),
              ('longest document, characters', f'{look.longest:,}'), ('tokens', f'{tokens:,}'),
              *((f'tokens in {split}', f'{output.tokens:,}') for split, output in outputs.items()),
+             *((f'tokens to be learned in {split}', f'{output.learned:,}') for split, output in outputs.items()
+               if output.learned < output.tokens),
              ('characters per token', f'{look.characters / tokens:.2f}'),
              ('vocabulary used', f'{used.sum():,} of {len(used):,} ids ({used.mean():.1%})')]
     width = max(len(what) for what, _ in rows)
@@ -445,7 +496,7 @@ def compare(arguments: list[str], names: Iterable[str]) -> None:
         tokenizer = CharTokenizer(sorted(set(text))) if name == 'char' else BPETokenizer(name)
         tokenizer.encode(text[:1000])
         begin = time.perf_counter()
-        ids = tokenizer.encode(text)
+        ids = _ids(tokenizer, text)
         speed = (time.perf_counter() - begin) * 1e3 / (len(text.encode()) / 1e6)
         first = ' '.join(repr(tokenizer.decode([i])) for i in ids[:8].tolist())
         print0(f'{name:12} {tokenizer.vocab_size:8,} {len(ids):12,} {len(text) / len(ids):12.2f} {speed:7.0f}  {first}')

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, records
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -107,11 +107,51 @@ def test_pieces_of_a_long_text_have_the_tokens_of_the_whole(here, monkeypatch, n
     """ cut between two words or two lines, where no token of any of them goes across """
     monkeypatch.setattr(corpus, 'PIECE', 500)
     text = open(os.path.join(ROOT, 'LOG.md')).read() + '\n\n  indented\n\n\n\tx = 1\n' * 50 + '\u6f22\u5b57\n' * 99
+    text += '\n\n'.join(f'\u3000\u3000\u8fd9\u662f\u7b2c{i}\u6bb5\uff0c\u5b83\u5f88\u957f\u3002' for i in range(200))
     pieces, tokenizer = list(read_text(write('a.txt', text), Report())), BPETokenizer(name)
     assert len(pieces) > 20 and ''.join(piece.text for piece in pieces) == text
     assert [piece.first for piece in pieces].count(True) == [piece.last for piece in pieces].count(True) == 1
     cut = np.concatenate([tokenizer.encode(piece.text) for piece in pieces])
     assert np.array_equal(cut, tokenizer.encode(text)) and sum(p.size for p in pieces) == len(text.encode())
+
+
+def test_long_documents_stay_whole(here, monkeypatch):
+    """ files that begin in the same way are no duplicates, and one that is there twice is left out as a whole """
+    monkeypatch.setattr(corpus, 'PIECE', 500)
+    for i in range(5):
+        header = ''.join(f'line {n} of the header\n' for n in range(200))
+        write(f's/{i}.txt', header + f'and the end of file {i // 2}\n')
+    report = Report()
+    kept = ''.join(piece.text for piece in clean(read_documents(find_files('s', '.txt'), report), report))
+    assert kept == ''.join(open(f's/{i}.txt').read() for i in (0, 2, 4))
+    assert report['documents'] == 5 and report['exact duplicates, left out'] == 2
+
+
+@pytest.mark.parametrize('text, count', [
+    ('Le caf\u00e9 fran\u00e7ais \u00e0 \u00e9t\u00e9.\n' * 9, 'files with bytes that are no UTF-8, which were dropped'),
+    ('\u6f22\u5b57\n' * 30, 'files with bytes that are no UTF-8, which were dropped'),
+    ('a \ufffd that was there before \u00e9\n', '')])
+def test_a_stray_byte_costs_a_byte(here, text, count):
+    report = Report()
+    assert texts([write('a.txt', text.encode() + (b'\xe9' if count else b''))]) == [text]
+    list(read_text('a.txt', report))
+    assert [what for what, number in report.items() if number] == [count] * bool(count)
+
+
+def test_a_long_run_of_blanks(here):
+    """ is too much for a regular expression of tiktoken in one piece """
+    text = 'before' + ' ' * 1_000_000 + 'after'
+    assert GPT2.decode(corpus._ids(GPT2, text)) == text
+    write_corpus('data/mine', GPT2, [Piece([(text, True)]), Piece([('other text', True)])], Report(), val_fraction=0.5)
+    assert decoded('mine')['train'] == text + '<|endoftext|>'
+
+
+def test_only_files_are_read(here):
+    write('s/a.txt', 'text')
+    os.symlink('nowhere', 's/broken.txt')
+    os.mkfifo('s/pipe.txt')
+    os.makedirs('s/folder.txt')
+    assert find_files('s', '.txt') == [os.path.join('s', 'a.txt')]
 
 
 def test_a_line_without_end_is_read_too(here, monkeypatch):
@@ -245,6 +285,25 @@ def test_limit_and_dry_run(here, capsys):
     assert sum(text.count('<|endoftext|>') for text in decoded('mine').values()) == 20
 
 
+@pytest.mark.parametrize('number', [2, 3, 5, 9, 11])
+def test_two_documents_are_enough(here, number):
+    write_corpus('data/mine', GPT2, [Piece([(f'document {i}', True)]) for i in range(number)], Report())
+    splits = decoded('mine')
+    assert splits['val'].startswith('document 1<') and splits['train'].count('document') >= number - 2
+
+
+def test_something_must_be_learned(here):
+    pieces = [Piece([('question ', False), ('', True)]), Piece([('only a question', False)]), Piece([('text', True)])]
+    with pytest.raises(SystemExit, match='no token of val is to be learned'):
+        write_corpus('data/mine', GPT2, pieces, Report())
+
+
+def test_impossible_numbers(here):
+    for option in ('num_proc', 'limit'):
+        with pytest.raises(SystemExit, match=f'--{option}=-1'):
+            write_corpus('data/mine', GPT2, [Piece([('text', True)])] * 3, Report(), **{option: -1})
+
+
 def test_too_few_documents_and_impossible_fractions(here):
     for fraction, words in ((0.1, 'no document is left for val'), (0.0, '--val_fraction=0.0'),
                             (0.6, '--val_fraction=0.6')):
@@ -322,6 +381,19 @@ def test_training_learns_the_answers_only(masked, script, capsys):
             logits = model(x, y)[0].log_softmax(-1)
             losses += [-logits[0, t, y[0, t]].item() for t in range(8) if y[0, t] >= 0]
     assert state['evaluate']('val')[0] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_masked_losses_are_those_of_one_process(masked, processes):
+    """ also where the rows of a batch, with unequal numbers of targets, are dealt out to two """
+    options = [*TINY, '--max_iters=5', '--batch_size=4', '--gradient_accumulation_steps=1', '--eval_interval=5',
+               '--log_interval=1', '--dropout=0.0']
+    losses = []
+    for world_size in (1, 2):
+        run = processes(world_size, 'train.py', *options, f'--out_dir=out{world_size}')
+        assert run.wait() == [0] * world_size, run.text()
+        losses.append([record['loss'] for record in records('loss', f'out{world_size}/log.jsonl')])
+    assert len(losses[0]) >= 5 and losses[0] == pytest.approx(losses[1], abs=2e-6)
 
 
 def test_a_mask_that_does_not_fit_is_refused(masked):
@@ -459,12 +531,15 @@ def test_sql_of_ones_own(prepare, content, name):
     ('text', ['--source=a.txt', '--name=x', '--val_fraction=2'], '--val_fraction=2.0'),
     ('sql', ['--source=none.json'], 'none.json'), ('sql', ['--source=bad.json'], 'bad.json'),
     ('sql', ['--source=list.json'], 'list.json, line 2: wants a question and its sql'),
+    ('sql', ['--source=number.json'], 'number.json'),
+    ('text', ['--source=a.txt', '--name=x', '--val_fraction=0'], '--val_fraction=0.0'),
     ('sql', ['--num_pairs=0'], '--num_pairs=0'), ('my_code', ['--source=none'], '--source=none does not'),
     ('openwebtext', ['--source=./none'], '--source=./none does not')])
 def test_wrong_input(here, fails, script_name, options, words):
     os.makedirs('folder')
     for name, content in (('empty.txt', ''), ('binary.txt', b'\0\1\2'), ('a.txt', 'some text\n' * 50),
-                          ('bad.jsonl', '{'), ('bad.json', '['), ('list.json', '[{"question": "a", "sql": "b"}, 7]')):
+                          ('bad.jsonl', '{'), ('bad.json', '['), ('number.json', '5'),
+                          ('list.json', '[{"question": "a", "sql": "b"}, 7]')):
         write(name, content)
     assert words in fails(f'data/{script_name}/prepare.py', *options)[1]
     assert not os.path.exists(os.path.join(ROOT, 'data', 'x', 'train.bin'))

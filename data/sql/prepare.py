@@ -87,8 +87,8 @@ def documents(report):
         return corpus.read_jsonl(source, report, on_bad=on_bad, parts=parts_of)
     try:
         with open(source, 'rb') as file:
-            return corpus.read_rows(json.load(file), source, report, on_bad, parts_of)
-    except ValueError as error:
+            return corpus.read_rows(list(json.load(file)), source, report, on_bad, parts_of)
+    except (ValueError, TypeError) as error:
         fail(f"{source}: {error}")
 
 
