@@ -259,7 +259,7 @@ def forward_backward(model, iter_num, micro_step):
     step = iter_num * gradient_accumulation_steps + (micro_step * world_size + rank) // parts
     rows = splits['train'].batch(batch_size, block_size, seed, 'train', step)
     x, y = to_device(mine := rows[rank % parts::parts])
-    weight = parts * (mine[:, 1:] >= 0).sum().item() / (rows[:, 1:] >= 0).sum().item()   # not 1 where a mask leaves less
+    weight = parts * (mine[:, 1:] >= 0).sum().item() / (rows[:, 1:] >= 0).sum().item()   # 1 if no mask leaves less
     reseed(batch_seed(seed, f'dropout {rank % parts}', step))
     with context:
         loss = model(x, y)[1] / (micro_steps / weight)

@@ -128,7 +128,7 @@ def test_long_documents_stay_whole(here, monkeypatch):
 
 
 @pytest.mark.parametrize('text, count', [
-    ('Le caf\u00e9 fran\u00e7ais \u00e0 \u00e9t\u00e9.\n' * 9, 'files with bytes that are no UTF-8, which were dropped'),
+    ('Le caf\u00e9 fran\u00e7ais \u00e9t\u00e9.\n' * 9, 'files with bytes that are no UTF-8, which were dropped'),
     ('\u6f22\u5b57\n' * 30, 'files with bytes that are no UTF-8, which were dropped'),
     ('a \ufffd that was there before \u00e9\n', '')])
 def test_a_stray_byte_costs_a_byte(here, text, count):
