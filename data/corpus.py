@@ -227,7 +227,10 @@ def read_documents(paths: list[str], report: Report, field: str = 'text', on_bad
         if path.endswith('.jsonl'):
             yield from read_jsonl(path, report, on_bad, partial(parts_of, field=field))
         elif path.endswith('.parquet'):
-            yield from read_table(load_table(field, 'parquet', data_files=glob.escape(path)), report, field)
+            try:
+                yield from read_table(load_table(field, 'parquet', data_files=glob.escape(path)), report, field)
+            except (ValueError, OSError) as error:   # in the middle of it
+                fail(f"{path}: {first_line(error)}")
         else:
             yield from read_text(path, report)
 

@@ -201,6 +201,10 @@ def test_parquet_through_datasets(here):
     report = Report()
     found = [piece.text for piece in read_documents(['a.parquet'], report)]
     assert found == ['one', 'two'] * 700 and report['rows without text, left out'] == 700
+    content = bytearray(open('a.parquet', 'rb').read())
+    content[20:60] = bytes(40)
+    with pytest.raises(SystemExit, match=r'damaged \[1\].parquet: '):
+        texts([write('damaged [1].parquet', bytes(content))])
     with pytest.raises(SystemExit, match="no column 'body', there are text, n"):
         texts(['a.parquet'], field='body')
     with pytest.raises(SystemExit, match='cannot read b.parquet'):
