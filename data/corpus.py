@@ -158,11 +158,12 @@ def read_text_with_val(path: str, report: Report, fraction: float) -> Iterator[P
 
 def parts_of(row: dict, field: str = 'text') -> list[tuple[str, bool]]:
     """ {text}, {prompt, completion} or {messages: [{role, content}]}: answers are to be learned; ValueError if none """
-    if isinstance(row, dict) and isinstance(row.get(field), str):
+    row = row if isinstance(row, dict) else {}
+    if isinstance(row.get(field), str):
         return [(row[field], True)]
-    if isinstance(row, dict) and isinstance(row.get('prompt'), str) and isinstance(row.get('completion'), str):
+    if isinstance(row.get('prompt'), str) and isinstance(row.get('completion'), str):
         return [(row['prompt'], False), (row['completion'], True)]
-    if isinstance(row, dict) and isinstance(messages := row.get('messages'), list) and messages:
+    if isinstance(messages := row.get('messages'), list) and messages:
         parts = []
         for message in messages:
             if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ('role', 'content')):
@@ -317,7 +318,7 @@ class _Output:
     """ one split on its way to the disk: ids, and from the first part on that is not to be learned, a mask """
 
     def __init__(self, stack: ExitStack, path: str, dtype: np.dtype, dry_run: bool):
-        self.stack, self.path, self.dtype, self.dry_run = stack, path, dtype, dry_run
+        self.stack, self.path, self.dtype = stack, path, dtype
         self.tokens, self.learned = 0, 0
         self.sha256, self.mask, self.mask_sha256 = hashlib.sha256(), None, hashlib.sha256()
         self.file = None if dry_run else stack.enter_context(atomic_write(f'{path}.bin'))
@@ -398,9 +399,9 @@ class _Look:
             self.length = len(text) + (0 if piece.first else self.length)
             self.longest = max(self.longest, self.length)
             if piece.first and len(self.sample) < 5:
-                self.sample.append(text[:200])
+                self.sample.append(text[:100])
             elif piece.first and (place := self.dice.randrange(self.documents)) < 5:
-                self.sample[place] = text[:200]
+                self.sample[place] = text[:100]
             yield piece
 
 
@@ -481,7 +482,7 @@ def _print_report(report: Report, look: _Look, outputs: dict[str, _Output], used
         print0(f'{what:{width}}  {number}')
     print0("five of them:")
     for text in look.sample:
-        print0('  ' + repr(text[:100]))
+        print0('  ' + repr(text))
 
 
 # ---- comparison of tokenizers
