@@ -200,24 +200,27 @@ def read_jsonl(path: str, report: Report, on_bad: str = 'stop', parts: Callable 
 
 
 def read_table(rows: Iterable[dict], report: Report, field: str = 'text') -> Iterator[Piece]:
-    """ batches of columns, as datasets' iter gives them """
+    """ batches of columns, as datasets' iter gives them: each row a document """
     for batch in rows:
-        for text in batch[field]:
-            if isinstance(text, str):
-                yield Piece([(text, True)], len(text))
-            else:
+        for values in zip(*batch.values(), strict=True):
+            try:
+                parts = parts_of(dict(zip(batch, values, strict=True)), field)
+                yield Piece(parts, sum(len(text) for text, _ in parts))
+            except ValueError:
                 report['rows without text, left out'] += 1
 
 
 def load_table(field: str, *source, **options):
-    """ a table of the datasets library, streamed, one column of it; SystemExit says why not """
+    """ a table of the datasets library, streamed, the columns that parts_of wants; SystemExit says why not """
     try:
         import datasets
         datasets.disable_progress_bars()
         table = datasets.load_dataset(*source, split='train', streaming=True, **options)
-        if table.column_names and field not in table.column_names:
-            raise ValueError(f"no column {field!r}, there are {', '.join(table.column_names)}; --field= chooses one")
-        return table.select_columns([field]).iter(1000)
+        there = table.column_names or [field]
+        wanted = [names for names in ([field], ['prompt', 'completion'], ['messages']) if {*names} <= {*there}]
+        if not wanted:
+            raise ValueError(f"no column {field!r}, there are {', '.join(there)}; --field= chooses one")
+        return table.select_columns(wanted[0]).iter(1000)
     except Exception as error:   # no network, no such name, no Parquet, ...
         fail(f"cannot read {options.get('data_files') or source[0]} ({first_line(error)})")
 
@@ -407,10 +410,11 @@ class _Look:
 
 def write_corpus(folder: str, tokenizer: BPETokenizer | CharTokenizer, pieces: Iterable[Piece], report: Report, *,
                  val_fraction: float = 0.1, seed: int = 2357, num_proc: int = 0, total: int = 0, eot: bool = True,
-                 limit: int = 0, dry_run: bool = False) -> None:
+                 limit: int = 0, near: bool = False, dry_run: bool = False) -> None:
     """ tokenize what is left of the documents after clean into folder, and print what was found
 
-    num_proc threads (0: one for each processor); total: bytes of the source, for the progress bar; limit: documents.
+    num_proc threads (0: one for each processor); total: bytes of the source, for the progress bar; limit: documents;
+    near: count near duplicates, slowly.
     Nothing stands under the final names until all is written. SystemExit if a split remains without tokens.
     """
     if not 0 < val_fraction <= 0.5:
@@ -419,7 +423,8 @@ def write_corpus(folder: str, tokenizer: BPETokenizer | CharTokenizer, pieces: I
         fail(f"--num_proc={num_proc} and --limit={limit} must be at least 0")
     threads, used, look = num_proc or os.cpu_count(), np.zeros(tokenizer.vocab_size, bool), _Look(seed)
     dtype, waiting, begin = np.dtype('<u2' if tokenizer.vocab_size <= 2**16 else '<u4'), deque(), time.perf_counter()
-    pieces = look(_first(clean(pieces, report), limit))
+    pieces = _first(clean(pieces, report), limit)
+    pieces = look(near_duplicates(pieces, report) if near else pieces)
     if not dry_run:
         os.makedirs(folder, exist_ok=True)
     with ExitStack() as stack:

@@ -211,6 +211,18 @@ def test_parquet_through_datasets(here):
         texts([write('b.parquet', 'no table')])
 
 
+@pytest.mark.slow
+def test_parquet_with_answers(here):
+    """ prompt and completion, or messages, as in JSONL """
+    import datasets
+    datasets.Dataset.from_dict({'n': [1], 'prompt': ['ask'], 'completion': ['answer']}).to_parquet('a.parquet')
+    talk = [{'role': 'user', 'content': 'ask'}, {'role': 'assistant', 'content': 'answer'}]
+    datasets.Dataset.from_dict({'messages': [talk]}).to_parquet('b.parquet')
+    assert [piece.parts for piece in read_documents(['a.parquet', 'b.parquet'], Report())] == [
+        [('ask', False), ('answer', True)],
+        [('user: ', False), ('ask\n', False), ('assistant: ', False), ('answer\n', True)]]
+
+
 # ---- quality
 
 def test_cleaning_counts_what_it_does():
@@ -483,6 +495,18 @@ def test_openwebtext_from_local_files(prepare):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('options, name, revision', [
+    ([], ('Skylion007/openwebtext',), '79d93d786212f7344586290adb811d4ae6a1762c'),
+    (['--source=a/b', '--subset=c'], ('a/b', 'c'), 'main'), (['--source=a/b', '--revision=v1'], ('a/b',), 'v1')])
+def test_openwebtext_asks_the_hub_for_a_commit(prepare, monkeypatch, options, name, revision):
+    import datasets
+    asked, table = [], datasets.Dataset.from_dict({'text': ['one', 'two', 'three']}).to_iterable_dataset()
+    monkeypatch.setattr(datasets, 'load_dataset', lambda *source, **how: asked.append((source, how)) or table)
+    prepare('openwebtext', *options)
+    assert asked == [(name, {'split': 'train', 'streaming': True, 'revision': revision})]
+    assert sorted(''.join(decoded('openwebtext').values()).split('<|endoftext|>')[:-1]) == ['one', 'three', 'two']
+
+
 def test_openwebtext_without_network(here, fails, monkeypatch):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     monkeypatch.setenv('HF_HOME', os.getcwd())

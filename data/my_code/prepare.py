@@ -17,6 +17,7 @@ ext = '.py'                                # several with commas between
 exclude = 'build,dist,node_modules,site-packages,venv,env,target,out,__pycache__,*.egg-info,*.min.js'
 tokenizer = 'gpt2'                         # or cl100k_base, o200k_base
 val_fraction = 0.1                         # of the files
+near_duplicates = False                    # count those that are nearly the same, by datasketch; slow
 num_proc = 0                               # threads, 0: one for each processor
 limit = 0                                  # files, 0: all
 dry_run = False                            # look at the files and write nothing
@@ -34,4 +35,5 @@ with one_line_errors():
                               skip=lambda name: any(fnmatch(name, pattern) for pattern in patterns))
     pieces = corpus.read_documents(paths, report := corpus.Report())
     corpus.write_corpus(folder, make_tokenizer({'name': tokenizer}), pieces, report, val_fraction=val_fraction,
-                        num_proc=num_proc, total=sum(map(os.path.getsize, paths)), limit=limit, dry_run=dry_run)
+                        num_proc=num_proc, total=sum(map(os.path.getsize, paths)), limit=limit, near=near_duplicates,
+                        dry_run=dry_run)

@@ -57,7 +57,6 @@ with one_line_errors():
     else:
         encoder = make_tokenizer({'name': tokenizer})
     pieces = documents(report := corpus.Report())
-    if near_duplicates:
-        pieces = corpus.near_duplicates(pieces, report)
     corpus.write_corpus(os.path.join(folder, '..', name), encoder, pieces, report, val_fraction=val_fraction,
-                        num_proc=num_proc, total=sum(map(os.path.getsize, paths)), limit=limit, dry_run=dry_run)
+                        num_proc=num_proc, total=sum(map(os.path.getsize, paths)), limit=limit, near=near_duplicates,
+                        dry_run=dry_run)
