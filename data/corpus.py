@@ -5,6 +5,7 @@
 
 What every prepare.py below shares. The files that it writes are described, and read, in dataset.py.
 """
+import copy
 import glob
 import hashlib
 import itertools
@@ -18,8 +19,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
+from threading import local
 
 import numpy as np
 from tqdm import tqdm
@@ -50,7 +52,7 @@ class Piece:
     split: str = ''         # 'train' or 'val' if that is not left to chance
     key: bytes = b''        # a hash of the whole document
 
-    @cached_property
+    @property
     def text(self) -> str:
         return ''.join(text for text, _ in self.parts)
 
@@ -344,6 +346,16 @@ class _Output:
         self.mask_sha256.update(content)
 
 
+def _twin(tokenizer: BPETokenizer | CharTokenizer) -> BPETokenizer | CharTokenizer:
+    """ the same for another thread: two that share tiktoken's regular expression are slower than one (cache lines) """
+    if not isinstance(tokenizer, BPETokenizer):
+        return tokenizer
+    bpe, twin = tokenizer.bpe, copy.copy(tokenizer)
+    twin.bpe = type(bpe)(bpe.name, pat_str=bpe._pat_str, mergeable_ranks=bpe._mergeable_ranks,   # as its README does
+                         special_tokens=bpe._special_tokens)
+    return twin
+
+
 def _ids(tokenizer, text: str) -> np.ndarray:
     """ tiktoken's, in halves where a run of hundreds of thousands of blanks is too much for its regular expression """
     try:
@@ -430,7 +442,9 @@ def write_corpus(folder: str, tokenizer: BPETokenizer | CharTokenizer, pieces: I
     with ExitStack() as stack:
         stack.callback(lambda: dry_run or os.listdir(folder) or os.rmdir(folder))   # if nothing came of it
         bar = stack.enter_context(tqdm(total=total or None, unit='B', unit_scale=True, disable=None))
-        pool = stack.enter_context(ThreadPoolExecutor(threads))
+        own = local()   # to each thread
+        pool = stack.enter_context(ThreadPoolExecutor(
+            threads, initializer=lambda: setattr(own, 'tokenizer', _twin(tokenizer))))
         outputs = {split: _Output(stack, os.path.join(folder, split), dtype, dry_run) for split in ('train', 'val')}
 
         def write_next():
@@ -440,7 +454,7 @@ def write_corpus(folder: str, tokenizer: BPETokenizer | CharTokenizer, pieces: I
             tokens = sum(output.tokens for output in outputs.values())
             bar.set_postfix_str(f'{tokens / (time.perf_counter() - begin):,.0f} tok/s', refresh=False)
         for batch in _batches(pieces, _lottery(val_fraction, seed), bar):
-            waiting.append(pool.submit(_encode, tokenizer, batch, eot))
+            waiting.append(pool.submit(lambda batch: _encode(own.tokenizer, batch, eot), batch))
             if len(waiting) > 2 * threads:
                 write_next()
         while waiting:

@@ -340,4 +340,4 @@ def test_200000_documents_against_arrow(here, monkeypatch):
     theirs = time.perf_counter() - start
     print(f"\n{sum(map(len, texts)) / 1e6:.0f} MB: ours {ours:.1f} s, through Arrow {theirs:.1f} s, "
           f"{theirs / ours:.2f} times as long")
-    assert theirs / ours >= 1.2   # the tokenizer alone takes more than two thirds of our time
+    assert theirs / ours >= 1.5   # the tokenizer alone takes four fifths of our time
