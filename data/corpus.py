@@ -10,14 +10,16 @@ import glob
 import hashlib
 import itertools
 import json
+import math
 import os
 import random
 import re
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -149,7 +151,9 @@ def read_text_with_val(path: str, report: Report, fraction: float) -> Iterator[P
     for piece in read_text(path, report):
         text = piece.text
         if split == 'train' and 0 <= border < len(text):
-            cut, split = text.find('\n', border) + 1 or border, 'val'
+            line_end = text.find('\n', border) + 1
+            leaves_some = line_end < len(text) or not piece.last
+            cut, split = line_end if line_end and leaves_some else border, 'val'
             yield Piece([(text[:cut], True)], piece.size, piece.first, True, 'train', piece.key)
             if text[cut:]:
                 yield Piece([(text[cut:], True)], 0, False, piece.last, 'val')
@@ -175,11 +179,15 @@ def parts_of(row: dict, field: str = 'text') -> list[tuple[str, bool]]:
     raise ValueError(f"no text under {field!r}, no prompt and completion, no messages")
 
 
+def _check_on_bad(on_bad: str) -> None:
+    if on_bad not in ('stop', 'skip'):
+        fail(f"--on_bad={on_bad} is neither stop nor skip")
+
+
 def read_rows(rows: Iterable, path: str, report: Report, on_bad: str = 'stop', parts: Callable = parts_of,
               size: Callable = lambda row: 0) -> Iterator[Piece]:
     """ each row a document; a bad one is named and ends it all, or is counted with on_bad='skip' """
-    if on_bad not in ('stop', 'skip'):
-        fail(f"--on_bad={on_bad} is neither stop nor skip")
+    _check_on_bad(on_bad)
     for number, row in enumerate(rows, 1):
         try:
             if row not in (b'\n', b'\r\n'):
@@ -227,8 +235,14 @@ def load_table(field: str, *source, **options):
         fail(f"cannot read {options.get('data_files') or source[0]} ({first_line(error)})")
 
 
+def size_of(paths: list[str]) -> int:
+    """ bytes, for the progress bar; 0, unknown, where there is Parquet, which is compressed """
+    return 0 if any(path.endswith('.parquet') for path in paths) else sum(map(os.path.getsize, paths))
+
+
 def read_documents(paths: list[str], report: Report, field: str = 'text', on_bad: str = 'stop') -> Iterator[Piece]:
     """ those of all files: lines of .jsonl, rows of .parquet, any other file as a whole """
+    _check_on_bad(on_bad)
     for path in paths:
         if path.endswith('.jsonl'):
             yield from read_jsonl(path, report, on_bad, partial(parts_of, field=field))
@@ -262,61 +276,74 @@ class _Seen:
 
 
 def clean(pieces: Iterable[Piece], report: Report) -> Iterator[Piece]:
-    """ the pieces without what no model should learn; all that is found is counted """
-    seen, again = _Seen(), False
+    """ the pieces without what no model should learn; all that is found is counted, once a document """
+    seen, again, found = _Seen(), False, set()
+
+    def count(what):
+        report[what] += what not in found
+        found.add(what)
     for piece in pieces:
-        report['documents'] += piece.first
+        if piece.first:
+            again = False
+            found.clear()
+            count('documents')
         try:
             content = piece.text.encode()
         except UnicodeEncodeError:   # "\\ud800" in JSON
-            report['documents with halves of characters, left out'] += 1
+            count('documents with halves of characters, left out')
             continue
         if len(content.translate(None, CONTROL)) < len(content):
-            report['documents with control characters, which were removed'] += 1
+            count('documents with control characters, which were removed')
             piece = replace(piece, parts=[(part.encode().translate(None, CONTROL).decode(), learn)
                                           for part, learn in piece.parts])
             content = piece.text.encode()
-        whole = piece.first and piece.last
-        if whole and not content.strip():
-            report['empty documents, left out'] += 1
+        if piece.first and piece.last and not (content if piece.split else content.strip()):
+            count('empty documents, left out')
             continue
-        if whole and len(piece.text) < SHORT:
-            report[f'documents shorter than {SHORT} characters'] += 1
+        if piece.first and piece.last and not piece.split and len(piece.text) < SHORT:
+            count(f'documents shorter than {SHORT} characters')
         if '\ufffd' in piece.text:
-            report['documents with U+FFFD, where an earlier program lost characters'] += 1
+            count('documents with U+FFFD, where an earlier program lost characters')
         if piece.first:
             key = piece.key or hashlib.blake2b(content, digest_size=8).digest()
-            again = seen(int.from_bytes(key, 'little'))
-            report['exact duplicates, left out'] += again
+            if again := seen(int.from_bytes(key, 'little')):
+                count('exact duplicates, left out')
         if not again:
             yield piece
 
 
 def near_duplicates(pieces: Iterable[Piece], report: Report) -> Iterator[Piece]:
-    """ count documents that share about 80% of their runs of five words with an earlier one (MinHash); keeps them """
+    """ count documents that share about 80% of their runs of five words with an earlier one (MinHash); keeps them
+
+    Of a document of several pieces the first one counts.
+    """
     try:
         from datasketch import MinHash, MinHashLSH
     except ImportError:
         fail("--near_duplicates=True needs datasketch: pip install datasketch")
     index = MinHashLSH(threshold=0.8, num_perm=64)
     for number, piece in enumerate(pieces):
-        words, sketch = piece.text.split(), MinHash(num_perm=64)
-        sketch.update_batch([' '.join(words[i:i + 5]).encode() for i in range(max(1, len(words) - 4))])
-        report['near duplicates of an earlier document, kept'] += bool(index.query(sketch))
-        index.insert(number, sketch)
+        if piece.first:
+            words, sketch = piece.text.split(), MinHash(num_perm=64)
+            sketch.update_batch([' '.join(words[i:i + 5]).encode() for i in range(max(1, len(words) - 4))])
+            report['near duplicates of an earlier document, kept'] += bool(index.query(sketch))
+            index.insert(number, sketch)
         yield piece
 
 
 # ---- tokens
 
 def _lottery(fraction: float, seed: int) -> Iterator[str]:
-    """ the split of one document after the other: of every 1 / fraction of them a random one goes to val
+    """ the split of one document after the other: of each run of 1 / fraction of them a random one goes to val
 
     Of the first ones it is the second, so that two documents are enough.
     """
-    dice, every = random.Random(seed), round(1 / fraction)
-    for chosen in itertools.chain([1], iter(lambda: dice.randrange(every), -1)):
-        yield from ('val' if i == chosen else 'train' for i in range(every))
+    dice, begin = random.Random(seed), 0
+    for number in itertools.count(1):
+        end = math.ceil(number / fraction - 1e-6)
+        chosen = dice.randrange(begin, end) if begin else 1
+        yield from ('val' if i == chosen else 'train' for i in range(begin, end))
+        begin = end
 
 
 class _Output:
@@ -340,6 +367,12 @@ class _Output:
             self.sha256.update(content)
         if self.mask:
             self._mask(np.ones(len(ids), np.uint8) if learn is None else learn)
+
+    def sync(self) -> None:
+        """ what was written is on the disk, or this is the OSError """
+        for file in filter(None, (self.file, self.mask)):
+            file.flush()
+            os.fsync(file.fileno())
 
     def _mask(self, content: bytes | np.ndarray) -> None:
         self.mask.write(content)
@@ -420,6 +453,15 @@ class _Look:
             yield piece
 
 
+@contextmanager
+def _one_line_interrupt() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted, nothing was written", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
 def write_corpus(folder: str, tokenizer: BPETokenizer | CharTokenizer, pieces: Iterable[Piece], report: Report, *,
                  val_fraction: float = 0.1, seed: int = 2357, num_proc: int = 0, total: int = 0, eot: bool = True,
                  limit: int = 0, near: bool = False, dry_run: bool = False) -> None:
@@ -439,7 +481,7 @@ def write_corpus(folder: str, tokenizer: BPETokenizer | CharTokenizer, pieces: I
     pieces = look(near_duplicates(pieces, report) if near else pieces)
     if not dry_run:
         os.makedirs(folder, exist_ok=True)
-    with ExitStack() as stack:
+    with _one_line_interrupt(), ExitStack() as stack:
         stack.callback(lambda: dry_run or os.listdir(folder) or os.rmdir(folder))   # if nothing came of it
         bar = stack.enter_context(tqdm(total=total or None, unit='B', unit_scale=True, disable=None))
         own = local()   # to each thread
@@ -461,10 +503,13 @@ def write_corpus(folder: str, tokenizer: BPETokenizer | CharTokenizer, pieces: I
             write_next()
         for split, output in outputs.items():
             if not output.tokens:
-                fail(f"no document is left for {split}; there are {look.documents:,}, --val_fraction={val_fraction}")
+                found = ''.join(f', {number:,} {what}' for what, number in report.items() if number)
+                fail(f"no document is left for {split} of {look.documents:,}, --val_fraction={val_fraction}{found}")
             if not output.learned:
                 fail(f"no token of {split} is to be learned: a completion, or what the role 'assistant' says, is")
         if not dry_run:
+            for output in outputs.values():
+                output.sync()   # before the first of the files gets its name
             files = {split: (output.tokens, output.sha256) for split, output in outputs.items()}
             files |= {f'{split}.mask': (output.tokens, output.mask_sha256)
                       for split, output in outputs.items() if output.mask}
@@ -484,6 +529,8 @@ def _first(pieces: Iterable[Piece], limit: int) -> Iterator[Piece]:
         if limit and number > limit:
             return
         yield piece
+        if number == limit and piece.last and not piece.split:
+            return
 
 
 def _print_report(report: Report, look: _Look, outputs: dict[str, _Output], used: np.ndarray) -> None:

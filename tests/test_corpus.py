@@ -240,6 +240,45 @@ def test_cleaning_counts_what_it_does():
         'documents with halves of characters, left out': 1}
 
 
+def test_blanks_and_line_ends_are_no_control_characters():
+    assert [piece.text for piece in clean([Piece([('a\tb\r\nc\fd', True)])], Report())] == ['a\tb\r\nc\fd']
+
+
+def test_a_long_document_is_counted_once(here, monkeypatch):
+    monkeypatch.setattr(corpus, 'PIECE', 500)
+    write('a.txt', 'words\x07 and \ufffd more\n' * 200)
+    report = Report()
+    assert len(list(clean(read_documents(['a.txt'], report), report))) > 3
+    assert {*report.values()} == {1, 0} or {*report.values()} == {1}
+
+
+def test_what_follows_an_empty_beginning_is_not_taken_for_a_duplicate(here):
+    """ the third text begins with blank lines, after a duplicate; its end is for validation """
+    write('1.txt', 'the same\n' * 99)
+    write('2.txt', 'the same\n' * 99)
+    write('3.txt', '\n' * 950 + 'the end of three\n' * 4)
+    report = Report()
+    pieces = [piece for path in ('1.txt', '2.txt', '3.txt') for piece in corpus.read_text_with_val(path, report, 0.05)]
+    left = ''.join(piece.text for piece in clean(pieces, report))
+    assert left.count('the end of three') == 4 and report['exact duplicates, left out'] == 1
+    assert not report['empty documents, left out']
+
+
+def test_the_end_of_a_long_text_tells_it_from_another(here):
+    for name in 'ab':
+        write(f'{name}.txt', 'the same words\n' * 150_000 + name)
+    report = Report()
+    assert sum(piece.first for piece in clean(read_documents(['a.txt', 'b.txt'], report), report)) == 2
+
+
+@pytest.mark.parametrize('good, bad, lost', [(8, 2, True), (2, 2, False)])
+def test_few_broken_bytes_are_dropped_and_many_are_another_encoding(here, good, bad, lost):
+    report = Report()
+    content = ('\u00e4' * good).encode() + b'\xe4 ' * bad
+    text, = [piece.text for piece in read_text(write('a.txt', content), report)]
+    assert (text == '\u00e4' * good + ' ' * bad) == lost and ('Windows-1252' in ''.join(report)) != lost
+
+
 def test_duplicates_are_found_among_many(monkeypatch):
     """ more than are kept in a set """
     monkeypatch.setattr(corpus, 'RECENT', 2**16)
@@ -256,6 +295,14 @@ def test_a_long_document_is_a_duplicate_as_a_whole():
     assert ''.join(piece.text for piece in clean([*one, *one], report)) == 'same\nsame\n'
     assert report['documents'] == 2 and report['exact duplicates, left out'] == 1
     assert len(list(clean(other, Report()))) == 2
+
+
+def test_one_line_is_enough(prepare):
+    """ it is cut where its tenth for validation begins """
+    write('a.txt', 'word and more ' * 500 + '\n')
+    prepare('text', '--source=a.txt', '--name=mine')
+    splits = decoded('mine')
+    assert len(splits['val']) == pytest.approx(700, abs=20)
 
 
 def test_near_duplicates_are_counted():
@@ -291,6 +338,65 @@ def test_an_end_of_text_in_a_text_is_no_end(here):
     _, splits = open_dataset('mine')
     assert sum((data.array() == 50256).sum() for data in splits.values()) == 50
     assert ''.join(decoded('mine').values()).count('<|endoftext|>') == 58
+
+
+def test_long_documents_in_small_batches(here, monkeypatch, capsys):
+    """ each of several pieces in several batches: one end, one side, one length """
+    monkeypatch.setattr(corpus, 'PIECE', 500)
+    monkeypatch.setattr(corpus, 'BATCH', 700)
+    names = [write(f'{i}.txt', f'document{i} says this\n' * 150) for i in range(10)]
+    write_corpus('data/mine', GPT2, read_documents(names, report := Report()), report, val_fraction=0.3)
+    splits = decoded('mine')
+    assert ''.join(splits.values()).count('<|endoftext|>') == 10
+    for i in range(10):
+        assert sorted(text.count(f'document{i} ') for text in splits.values()) == [0, 150]
+    assert 'longest document, characters  3,000' in capsys.readouterr().out
+
+
+def test_answers_after_a_million_tokens_without_a_question(here, monkeypatch):
+    """ the mask, begun late, says that all before is to be learned """
+    pieces = [Piece([('a ' * 150_000 + str(i), True)]) for i in range(16)]
+    pieces += [Piece([(f'question {i} ', False), ('answer', True)]) for i in range(20)]
+    write_corpus('data/mine', CharTokenizer(sorted({*'a 0123456789questionanswer'})), pieces, Report(), eot=False)
+    for split in ('train', 'val'):
+        mask = np.fromfile(f'data/mine/{split}.mask.bin', np.uint8)
+        ids = np.fromfile(f'data/mine/{split}.bin', '<u2')
+        assert len(mask) == len(ids) > 2**18 and mask[:300_000].all() and not mask.all()
+
+
+def test_each_thread_has_a_tokenizer_of_its_own(here, monkeypatch):
+    used, encode = set(), corpus._encode
+    monkeypatch.setattr(corpus, 'BATCH', 50)
+    monkeypatch.setattr(corpus, '_encode', lambda tokenizer, *rest: used.add(tokenizer.bpe) or encode(tokenizer, *rest))
+    write_corpus('data/mine', GPT2, [Piece([(f'document number {i}', True)]) for i in range(99)], Report(), num_proc=3)
+    assert 1 < len(used) <= 3 and GPT2.bpe not in used
+
+
+def test_the_seed_chooses_the_documents_of_val(here):
+    pieces, found = [Piece([(f'document {i}.', True)]) for i in range(200)], []
+    for seed in (1, 1, 2):
+        write_corpus('data/mine', GPT2, pieces, Report(), seed=seed)
+        found.append(decoded('mine')['val'])
+    assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize('fraction', [0.5, 0.4, 0.35, 0.15, 0.1, 0.0005])
+def test_the_share_of_val_is_the_one_that_was_wanted(fraction):
+    drawn = [split for split, _ in zip(corpus._lottery(fraction, 1), range(20_000), strict=False)]
+    assert drawn.count('val') == pytest.approx(20_000 * fraction, abs=2) and drawn[1] == 'val'
+
+
+def test_the_five_that_are_shown_are_drawn_from_all():
+    look = corpus._Look(1)
+    list(look(Piece([(str(i), True)]) for i in range(1000)))
+    assert len({*look.sample}) == 5 and max(map(int, look.sample)) > 100
+
+
+def test_the_limit_counts_what_stays(here, capsys):
+    pieces = [Piece([('ten times the same document', True)])] * 10
+    pieces += [Piece([(f'document number {i} of many', True)]) for i in range(30)]
+    write_corpus('data/mine', GPT2, pieces, report := Report(), limit=20)
+    assert sum(text.count('<|endoftext|>') for text in decoded('mine').values()) == 20 and report['documents'] == 29
 
 
 def test_limit_and_dry_run(here, capsys):
@@ -334,6 +440,32 @@ def test_a_full_disk_leaves_nothing(here, monkeypatch):
     monkeypatch.setattr(corpus._Output, 'add', full)
     with pytest.raises(OSError):
         write_corpus('data/mine', GPT2, [Piece([(f'document {i}', True)]) for i in range(99)], Report())
+    assert not os.path.exists('data/mine')
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_at_the_end_leaves_the_old_dataset(here):
+    """ what is still in Python's buffers when all is done fits no more: nothing gets its name """
+    write_corpus('data/mine', GPT2, [Piece([(f'old document {i}', True)]) for i in range(400)], Report())
+    before = {name: open(f'data/mine/{name}', 'rb').read() for name in sorted(os.listdir('data/mine'))}
+    code = "import resource, signal, sys; sys.path[:0] = sys.argv[1:]; import corpus, dataset\n" \
+           "tokenizer = dataset.BPETokenizer('gpt2')\n" \
+           "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n" \
+           "resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))\n" \
+           "pieces = [corpus.Piece([(f'document {i}', True)]) for i in range(400)]\n" \
+           "corpus.write_corpus('data/mine', tokenizer, pieces, corpus.Report())"
+    run = subprocess.run([sys.executable, '-c', code, ROOT, os.path.join(ROOT, 'data')], capture_output=True, text=True)
+    assert run.returncode and 'File too large' in run.stderr
+    assert {name: open(f'data/mine/{name}', 'rb').read() for name in sorted(os.listdir('data/mine'))} == before
+
+
+def test_an_interruption_is_one_line(here, capsys):
+    def pieces():
+        yield Piece([('document', True)])
+        raise KeyboardInterrupt
+    with pytest.raises(SystemExit) as stop:
+        write_corpus('data/mine', GPT2, pieces(), Report())
+    assert stop.value.code == 130 and capsys.readouterr().err.splitlines()[-1] == 'interrupted, nothing was written'
     assert not os.path.exists('data/mine')
 
 
@@ -517,7 +649,7 @@ def test_every_sql_statement_runs(prepare, script):
     """ the pairs are thousands, all different, and SQLite takes each statement on tables that have those columns """
     prepare('sql')
     made = script(os.path.abspath('data/sql/prepare.py'), '--dry_run=True')
-    pairs = [piece.parts for piece in made['documents'](Report())]
+    pairs = [piece.parts for piece in made['documents'](Report(), '')]
     database = sqlite3.connect(':memory:')
     for table, (numbers, words) in made['TABLES'].items():
         keys = [made['JOINS'][table] + '_id'] if table in made['JOINS'] else []

@@ -35,5 +35,5 @@ with one_line_errors():
                               skip=lambda name: any(fnmatch(name, pattern) for pattern in patterns))
     pieces = corpus.read_documents(paths, report := corpus.Report())
     corpus.write_corpus(folder, make_tokenizer({'name': tokenizer}), pieces, report, val_fraction=val_fraction,
-                        num_proc=num_proc, total=sum(map(os.path.getsize, paths)), limit=limit, near=near_duplicates,
+                        num_proc=num_proc, total=corpus.size_of(paths), limit=limit, near=near_duplicates,
                         dry_run=dry_run)

@@ -32,9 +32,10 @@ from dataset import make_tokenizer
 
 with one_line_errors():
     report, total = corpus.Report(), 0
-    if os.path.exists(source) or source.startswith(('.', '/', '~')):
-        paths = corpus.find_files(os.path.expanduser(source), '.txt,.md,.jsonl,.parquet')
-        pieces, total = corpus.read_documents(paths, report, field, on_bad), sum(map(os.path.getsize, paths))
+    extensions = '.txt,.md,.jsonl,.parquet'
+    if os.path.exists(source) or source.startswith(('.', '/', '~')) or source.endswith(('/', *extensions.split(','))):
+        paths = corpus.find_files(os.path.expanduser(source), extensions)
+        pieces, total = corpus.read_documents(paths, report, field, on_bad), corpus.size_of(paths)
     else:
         # the commit of OpenWebText with 8,013,769 documents in 80 Parquet files
         pinned = {'Skylion007/openwebtext': '79d93d786212f7344586290adb811d4ae6a1762c'}

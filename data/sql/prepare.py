@@ -77,7 +77,7 @@ def parts_of(row):
     return [(f"# Question: {row['question']}\n# SQL:\n", False), (row['sql'], True)]
 
 
-def documents(report):
+def documents(report, source):
     if not source:
         dice, made = random.Random(seed), {}
         while len(made) < num_pairs:
@@ -88,13 +88,13 @@ def documents(report):
     try:
         with open(source, 'rb') as file:
             return corpus.read_rows(list(json.load(file)), source, report, on_bad, parts_of)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         fail(f"{source}: {error}")
 
 
 if not 1 <= num_pairs <= 100_000:
     fail(f"--num_pairs={num_pairs} must be 1 to 100000")
 with one_line_errors():
-    pieces = documents(report := corpus.Report())
+    pieces = documents(report := corpus.Report(), os.path.expanduser(source))
     corpus.write_corpus(folder, make_tokenizer({'name': tokenizer}), pieces, report, val_fraction=val_fraction,
                         dry_run=dry_run)

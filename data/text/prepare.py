@@ -58,5 +58,5 @@ with one_line_errors():
         encoder = make_tokenizer({'name': tokenizer})
     pieces = documents(report := corpus.Report())
     corpus.write_corpus(os.path.join(folder, '..', name), encoder, pieces, report, val_fraction=val_fraction,
-                        num_proc=num_proc, total=sum(map(os.path.getsize, paths)), limit=limit, near=near_duplicates,
+                        num_proc=num_proc, total=corpus.size_of(paths), limit=limit, near=near_duplicates,
                         dry_run=dry_run)
