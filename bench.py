@@ -12,7 +12,9 @@ from configurator import configure
 
 # ---- configuration
 mode = 'generate'
-# a model with random weights, by default GPT-2 (124M)
+init_from = ''           # '': random weights in the sizes below; resume, ckpt:PATH, gpt2, ... as for sample.py
+out_dir = 'out'          # of init_from=resume
+# a model, by default GPT-2 (124M)
 n_layer = 12
 n_head = 12
 n_embd = 768
@@ -36,6 +38,7 @@ config = configure(globals())
 
 import torch
 
+import checkpoint
 from common import (
     device_name,
     fail,
@@ -78,10 +81,11 @@ torch.manual_seed(seed)
 step = None
 with one_line_errors():
     sampling = Sampling(temperature, top_k)
-    model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, bias=bias)).to(device)
+    model = (checkpoint.build_model(checkpoint.weights_of(init_from, out_dir), dropout=0.0) if init_from else
+             GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, bias=bias))).to(device)
     parameters = model.get_num_params()
     model = prepare(model, torch_dtype, rows=num_samples, quantize=quantize)
-prompt = torch.randint(vocab_size, (prompt_length,)).tolist()
+prompt = torch.randint(model.config.vocab_size, (prompt_length,)).tolist()
 if compile and device != 'cpu':
     compiled = try_compile(
         model, lambda new: generate(model, [prompt], 3, num_samples=num_samples, step=CompiledStep(new)), **STATIC)

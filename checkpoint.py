@@ -12,13 +12,12 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from common import atomic_write, fail, first_line, gather, is_rank_0, print0
-from model import GPT, GPTConfig, empty_model
+from common import atomic_write, fail, first_line, gather, is_rank_0, one_line_errors, print0
+from model import GPT, TOKENIZER, GPTConfig, add_lora, empty_model, fingerprint, lora_weights, merge_lora, read_json
 
 LATEST, PREVIOUS, BEST = 'ckpt.pt', 'ckpt_prev.pt', 'ckpt_best.pt'
 PARTS = ('model', 'model_args')   # what makes a file a checkpoint
@@ -188,14 +187,29 @@ def load(path: str) -> dict:
         fail(f"{error}; it was not loaded, go back to another checkpoint")
 
 
+def weights_of(source: str, out_dir: str = '', ckpt: str = 'best') -> dict:
+    """ what a script starts from: 'resume' (out_dir's), 'ckpt:PATH', adapters folded in, or a GPT.from_pretrained """
+    if source == 'resume' or source.startswith('ckpt:'):
+        path = out_dir if source == 'resume' else source.removeprefix('ckpt:')
+        trained = load(path := path if os.path.isfile(path) else find(path, ckpt))
+        if 'lora' in trained:
+            merge_lora(model := build_model(trained))
+            trained.update(model=model.state_dict(), lora=None)
+        return {**trained, 'path': path}
+    with one_line_errors():
+        model = GPT.from_pretrained(source)
+        own = os.path.join(source, TOKENIZER)
+        spec = read_json(own) if os.path.exists(own) else {'name': 'gpt2'} if model.config.vocab_size == 50257 else None
+    return {'model': model.state_dict(), 'model_args': model.config.model_args(), 'tokenizer': spec}
+
+
 def starting_point(init_from: str, out_dir: str) -> dict:
-    """ what a run begins with: {} (scratch), the latest whole state (resume), that if any (auto), weights (ckpt:PATH)
+    """ what a run begins with: {} (scratch), the latest whole state (resume), that if any (auto), or see weights_of
 
     A damaged file is skipped with one line, and SystemExit if there is nothing to resume from.
     """
-    if init_from.startswith('ckpt:'):
-        path = init_from.removeprefix('ckpt:')
-        trained = load(path if os.path.isfile(path) else find(path, 'best'))
+    if init_from not in ('scratch', 'resume', 'auto'):
+        trained = weights_of(init_from)
         return {key: trained[key] for key in (*PARTS, 'tokenizer') if key in trained}
     state, paths = {}, [os.path.join(out_dir, name) for name in (LATEST, PREVIOUS)]
     for path in filter(os.path.exists, paths if init_from in ('resume', 'auto') else ()):
@@ -218,45 +232,32 @@ def starting_point(init_from: str, out_dir: str) -> dict:
     return state
 
 
-def build_model(checkpoint: dict, **changes) -> GPT:
-    """ the model of a loaded checkpoint, which gives its tensors away; changes override fields such as dropout """
-    try:
-        config = GPTConfig(**{**checkpoint['model_args'], **changes})
-        model = empty_model(config)
-        model.load_state_dict(checkpoint['model'], assign=True)
-    except (TypeError, ValueError, RuntimeError) as error:   # unknown field, impossible value, other tensors
-        fail(f"the checkpoint's model is not one of ours: {' '.join(str(error).split())[:300]}")
-    model.transformer.wte.weight = model.lm_head.weight   # assigned one by one, so tie them again
+def _build_adapter(checkpoint: dict, changes: dict) -> GPT:
+    """ of a checkpoint of LoRA: its base, from where that came from, with the low-rank parts """
+    base = weights_of(source := checkpoint['base']['init_from'])
+    if fingerprint(base['model']) != checkpoint['base']['sha256']:
+        fail(f"this adapter belongs to other weights than {source} holds now; put those back there")
+    model = build_model(base, **changes)
+    model.crop_block_size(checkpoint['model_args']['block_size'])
+    add_lora(model, **checkpoint['lora'])
+    if checkpoint['model'].keys() != lora_weights(model).keys():
+        raise ValueError("the low-rank parts are not those that its settings name")
+    model.load_state_dict(checkpoint['model'], strict=False)
     return model
 
 
-def _fit(moment: Tensor, parameter: Tensor) -> Tensor:
-    """ a moment as its parameter is now: cut to a shortened position table, and sharded among the processes """
-    if not moment.dim():
-        return moment   # the number of steps
-    moment = moment[:len(parameter)]
-    if moment.shape != parameter.shape:
-        raise ValueError(f"a moment has shape {tuple(moment.shape)}, its parameter {tuple(parameter.shape)}")
-    if hasattr(parameter, 'full_tensor'):   # FSDP's
-        from torch.distributed.tensor import distribute_tensor
-        return distribute_tensor(moment.to(parameter.device), parameter.device_mesh, parameter.placements)
-    return moment
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """ take over the moments; the settings (rates, decay, fused) stay those of this run, not the checkpoint's """
+def build_model(checkpoint: dict, **changes) -> GPT:
+    """ the model of a loaded checkpoint, which gives its tensors away; changes override fields such as dropout """
     try:
-        # before loading, because fused decides on which device the step counts are kept
-        groups = [{**saved, **own, 'params': saved['params']}
-                  for saved, own in zip(state['param_groups'], optimizer.param_groups, strict=True)]
-        numbers = [i for group in groups for i in group['params']]
-        parameters = [p for group in optimizer.param_groups for p in group['params']]
-        moments = {i: _map(partial(_fit, parameter=p), state['state'][i])
-                   for i, p in zip(numbers, parameters, strict=True) if i in state['state']}
-        optimizer.load_state_dict({'state': moments, 'param_groups': groups})
-    except (ValueError, KeyError) as error:
-        fail(f"the checkpoint has no optimizer state that fits this model ({error}); "
-             "--init_from=ckpt:PATH takes its weights alone")
+        if checkpoint.get('lora'):
+            return _build_adapter(checkpoint, changes)
+        config = GPTConfig(**{**checkpoint['model_args'], **changes})
+        model = empty_model(config)
+        model.load_state_dict(checkpoint['model'], assign=True)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:   # unknown field, impossible value, other tensors
+        fail(f"the checkpoint's model is not one of ours: {' '.join(str(error).split())[:300]}")
+    model.tie_weights()   # which were assigned one by one
+    return model
 
 
 def check_start(checkpoint: dict, config: dict, data: dict) -> None:
@@ -264,12 +265,14 @@ def check_start(checkpoint: dict, config: dict, data: dict) -> None:
 
     data: tokenizer, tokens and sha256 of this run's; a checkpoint without its own is not held to them.
     """
-    was = {**checkpoint.get('config', {}), **checkpoint['model_args']}
+    was = {'lora_rank': 0} if 'iter_num' in checkpoint else {}   # weights alone may get an adapter
+    was |= {**checkpoint.get('config', {}), **checkpoint['model_args']}
     for key in sorted(was.keys() & config.keys() - {'init_from', 'out_dir', 'eval_only'}):
         now, old = config[key], was[key]
         if now == old or key == 'vocab_size' and not now:
             continue
         fixed = key in checkpoint['model_args'] and key != 'dropout' and not (key == 'block_size' and now < old)
+        fixed |= key.startswith('lora_')
         print0(f"checkpoint: {key} " + (f"stays {old!r}, not {now!r}" if fixed else f"was {old!r}, is {now!r}"))
     for key, now in data.items():
         if (old := checkpoint.get(key)) and now and now != old:

@@ -3,10 +3,13 @@
 Sizes in the comments: B batch, T positions of the input, V vocabulary, C = n_embd channels,
 nh = n_head heads of hs = C / nh channels each; with a cache, S positions that are seen, the T of the input last.
 """
+import hashlib
 import itertools
+import json
 import math
 import os
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import partial
 
@@ -29,6 +32,8 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True          # in linear and norm layers, as GPT-2; False is a little better and faster
     gelu: str = 'none'         # F.gelu's approximate=: 'none' is exact (erf), 'tanh' is what OpenAI trained GPT-2 with
+    norm_eps: float = 1e-5     # added to the variance in the norm layers
+    tie: bool = True           # head and token embedding are one matrix, https://arxiv.org/abs/1608.05859
 
     def __post_init__(self):
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
@@ -88,9 +93,9 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, recall: Callable | None = None) -> Tensor:
@@ -137,17 +142,23 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.grad_checkpoint = False   # keep only each block's input for backward and compute the rest again
+        self.frozen = 0                # so many parts, the embeddings and then the blocks, get no gradient
         # the order of creation is the order of the random numbers, so that a seed gives nanoGPT's weights
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+            ln_f=nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer.wte.weight = self.lm_head.weight   # tied, https://arxiv.org/abs/1608.05859
+        self.tie_weights()
         self._init_weights()
+
+    def tie_weights(self) -> None:
+        """ make head and token embedding one parameter, if config says so """
+        if self.config.tie:
+            self.transformer.wte.weight = self.lm_head.weight
 
     def _init_weights(self) -> None:
         """ GPT-2's: normal with std 0.02, biases 0, and projections into the residual stream scaled down """
@@ -204,6 +215,7 @@ class GPT(nn.Module):
         x = self._embed(idx, cache, places)                    # (B, T, C)
         attn_mask, is_causal = self._visible(cache, places, S)
         for i, block in enumerate(self.transformer.h):
+            x = x.detach() if i < self.frozen else x           # backward ends here
             if self.grad_checkpoint and self.training and not cache:
                 x = checkpoint(block, x, attn_mask, is_causal, use_reentrant=False)   # https://arxiv.org/abs/1604.06174
             else:
@@ -220,7 +232,7 @@ class GPT(nn.Module):
     # ---- size and cost
 
     def get_num_params(self, non_embedding: bool = True) -> int:
-        """ number of parameters; the position table is left out by default, the token table is the head and counts """
+        """ number of parameters, by default without the position table; the token table counts, tied it is the head """
         total = sum(p.numel() for p in self.parameters())
         return total - self.transformer.wpe.weight.numel() if non_embedding else total
 
@@ -231,7 +243,8 @@ class GPT(nn.Module):
         attention 12 * L * H * Q * T, which counts the full square of scores, masked or not.
         """
         attention = 12 * self.config.n_layer * self.config.n_embd * self.config.block_size   # H * Q = n_embd
-        return 6 * self.get_num_params() + attention
+        looked_up = 0 if self.config.tie else self.transformer.wte.weight.numel()            # and not multiplied
+        return 6 * (self.get_num_params() - looked_up) + attention
 
     def estimate_mfu(self, fwdbwd_per_iter: float, dt: float, *, peak_flops: float = 312e12) -> float:
         """ model FLOPS utilization, the share that is reached of peak_flops (FLOP/s; by default an A100's in bfloat16)
@@ -258,10 +271,19 @@ class GPT(nn.Module):
         """ shorten the longest context, in place; ValueError if it would grow """
         if not 1 <= block_size <= self.config.block_size:
             raise ValueError(f"block_size={block_size} must be 1 to {self.config.block_size}, a model cannot grow")
-        self.config.block_size = block_size
-        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight.detach()[:block_size].clone())
+        self.config.block_size, table = block_size, self.transformer.wpe.weight
+        self.transformer.wpe.weight = nn.Parameter(table.detach()[:block_size].clone(), table.requires_grad)
 
     # ---- training and sampling
+
+    @classmethod
+    def from_pretrained(cls, model_type: str, override_args: dict | None = None) -> 'GPT':
+        """ GPT-2 with OpenAI's weights: gpt2, gpt2-medium, gpt2-large or gpt2-xl, or whatever has their format
+
+        model_type: one of them, another name on the Hugging Face Hub, or a folder with config.json and
+        model.safetensors or pytorch_model.bin. override_args: {'dropout': ...}. ValueError says why it cannot be.
+        """
+        return read_gpt2(model_type, override_args or {})
 
     def configure_optimizers(self, weight_decay: float, learning_rate: float, betas: tuple[float, float],
                              device_type: str, *, eps: float = 1e-8) -> torch.optim.AdamW:
@@ -342,3 +364,174 @@ class CompiledStep:
     def __call__(self, ids: Tensor, cache: KVCache) -> tuple[Tensor, None]:
         """ what the model returns, logits (B, 1, V) and None """
         return self.model(ids, cache=cache)[0].clone(), None   # the next run of the graph overwrites it
+
+
+# ---- GPT-2's weights, from the Hugging Face Hub or a folder in its format
+
+# config.json's keys with transformers' defaults: those that we have, and those that are refused at any other value
+OURS = {'n_positions': 1024, 'vocab_size': 50257, 'n_layer': 12, 'n_head': 12, 'n_embd': 768,
+        'layer_norm_epsilon': 1e-5, 'tie_word_embeddings': True, 'activation_function': 'gelu_new'}
+FIXED = {'model_type': 'gpt2', 'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False,
+         'add_cross_attention': False}
+GELU = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu_fast': 'tanh', 'gelu': 'none'}
+TOKENIZER = 'nanogpt_tokenizer.json'   # beside config.json in a folder of export.py: how make_tokenizer makes it
+SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+CONV1D = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')   # stored as (in, out)
+
+
+def _gpt2_file(source: str, name: str) -> str | None:
+    """ path of a file in a folder, or of a model on the Hub; None if there is none of that name """
+    if os.path.isdir(source):
+        return path if os.path.exists(path := os.path.join(source, name)) else None
+    if source.count('/') != 1 and source not in SIZES or source.startswith(('.', '/', '~')):
+        raise ValueError(f"--init_from={source} is none of scratch, resume, auto, ckpt:PATH, {', '.join(SIZES)}, "
+                         "no folder, and no name on the Hugging Face Hub (owner/model)")
+    from huggingface_hub import errors, hf_hub_download
+    try:
+        return hf_hub_download(source if '/' in source else f'openai-community/{source}', name)
+    except errors.LocalEntryNotFoundError:
+        reason = "no connection, and no copy from before"
+    except errors.EntryNotFoundError:
+        return None
+    except Exception as error:   # no such model, no permission, a full disk, ...
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    raise ValueError(f"'{source}' cannot be had from the Hugging Face Hub ({reason}); give a folder instead that has "
+                     "its config.json and model.safetensors")
+
+
+def read_json(path: str) -> dict:
+    """ the object in a JSON file; ValueError names a damaged one """
+    try:
+        with open(path, encoding='utf-8') as file:
+            return dict(json.load(file))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
+
+
+def _gpt2_config(source: str, overrides: dict) -> GPTConfig:
+    """ the sizes and kind that config.json tells; ValueError names what this model does not have """
+    if not (path := _gpt2_file(source, 'config.json')):
+        raise ValueError(f"'{source}' has no config.json")
+    said = {**OURS, **FIXED, **read_json(path)}
+    wrong = [key for key in FIXED if said[key] != FIXED[key]]
+    wrong += ['n_inner'] * (said.get('n_inner') not in (None, 4 * said['n_embd']))
+    wrong += ['activation_function'] * (said['activation_function'] not in GELU)
+    if wrong:
+        raise ValueError(f"'{source}' is no GPT-2 as it is here: {', '.join(f'{k}={said[k]!r}' for k in wrong)}")
+    if {*overrides} - {'dropout'}:
+        raise ValueError(f"only dropout can be overridden in a pretrained model, not {', '.join(overrides)}")
+    return GPTConfig(said['n_positions'], *(said[key] for key in ('vocab_size', 'n_layer', 'n_head', 'n_embd')),
+                     gelu=GELU[said['activation_function']], norm_eps=said['layer_norm_epsilon'],
+                     tie=said['tie_word_embeddings'], **overrides)
+
+
+def _gpt2_tensors(source: str) -> Iterator[tuple[str, Tensor]]:
+    """ the names and weights in all its files, as views of the files """
+    from safetensors import safe_open
+    for name in ('model.safetensors', 'pytorch_model.bin'):
+        files = [_gpt2_file(source, name)]
+        if not files[0] and (index := _gpt2_file(source, f'{name}.index.json')):   # the weights are in several files
+            files = [_gpt2_file(source, part) for part in sorted({*read_json(index).get('weight_map', {}).values()})]
+            if None in files:
+                raise ValueError(f"'{source}' lacks a file that its {name}.index.json names")
+        if files[0]:
+            break
+    else:
+        raise ValueError(f"'{source}' has neither model.safetensors nor pytorch_model.bin")
+    for path in files:
+        if name.endswith('.bin'):
+            yield from torch.load(path, 'cpu', weights_only=True, mmap=zipfile.is_zipfile(path)).items()
+            continue
+        with safe_open(path, 'pt') as file:
+            # the largest first, because pages of the file that were read count as memory until it is closed
+            names = sorted(file.keys(), key=lambda key: -math.prod(file.get_slice(key).get_shape()))
+        for key in names:
+            with safe_open(path, 'pt') as file:
+                yield key, file.get_tensor(key)
+
+
+def read_gpt2(source: str, overrides: dict) -> GPT:
+    """ see GPT.from_pretrained """
+    model, weights = empty_model(_gpt2_config(source, overrides)), {}
+    try:
+        for name, tensor in _gpt2_tensors(source):
+            name = name if name.startswith('lm_head.') else f'transformer.{name.removeprefix("transformer.")}'
+            if name.endswith(('.attn.bias', '.attn.masked_bias')) or model.config.tie and name == 'lm_head.weight':
+                continue   # the causal mask, or what is wte
+            tensor = tensor.t() if name.endswith(CONV1D) else tensor
+            weights[name] = torch.empty(tensor.shape).copy_(tensor)   # contiguous, float32
+        if model.config.tie:
+            weights['lm_head.weight'] = weights.get('transformer.wte.weight')
+        model.load_state_dict(weights, assign=True)
+    except ValueError:
+        raise
+    except Exception as error:   # safetensors and the loader of .bin have many kinds for a damaged file
+        raise ValueError(f"'{source}' has other weights than its config.json says, or is damaged: "
+                         f"{' '.join(str(error).split())[:300]}") from None
+    model.tie_weights()   # which were assigned one by one
+    return model
+
+
+# ---- LoRA, https://arxiv.org/abs/2106.09685
+
+class LoRALinear(nn.Linear):
+    """ a linear layer that stays as it is, plus a trained one of low rank: W x + b + (alpha / rank) B A dropout(x) """
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias   # shared with base, not copied
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))   # so it begins as base
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.scale, self.lora_dropout = alpha / rank, nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = F.linear(self.lora_dropout(x), self.lora_A)                         # (B, T, rank)
+        return super().forward(x) + F.linear(low, self.lora_B) * self.scale
+
+    def merged(self) -> nn.Linear:
+        """ an ordinary layer that computes the same; the sum is rounded once """
+        change = self.lora_B.double() @ self.lora_A.double() * self.scale
+        plain = nn.Linear(self.in_features, self.out_features, self.bias is not None, device='meta')
+        plain.weight, plain.bias = nn.Parameter((self.weight + change).to(self.weight.dtype)), self.bias
+        return plain
+
+
+def _replace_linears(model: GPT, wanted: Callable, new: Callable) -> None:
+    for block in model.transformer.h:
+        for part in (block.attn, block.mlp):
+            for name, layer in [*part.named_children()]:
+                if wanted(name, layer):
+                    setattr(part, name, new(layer))
+
+
+def add_lora(model: GPT, rank: int, alpha: float, dropout: float, targets: str) -> None:
+    """ freeze the model and give the layers named in targets, such as 'c_attn,c_fc', a trained low-rank part """
+    names = [name.strip() for name in targets.split(',')]
+    if rank < 1 or not 0 <= dropout < 1 or not {*names} <= {'c_attn', 'c_proj', 'c_fc'}:
+        raise ValueError(f"lora_rank={rank} must be at least 1, lora_dropout={dropout} at least 0 and below 1, "
+                         f"lora_targets={targets} some of c_attn,c_proj,c_fc")
+    model.requires_grad_(False)
+    _replace_linears(model, lambda name, layer: name in names, lambda layer: LoRALinear(layer, rank, alpha, dropout))
+
+
+@torch.no_grad()
+def merge_lora(model: GPT) -> None:
+    """ fold the low-rank parts into the weights, which are new tensors then, and make all of them trainable """
+    _replace_linears(model, lambda name, layer: isinstance(layer, LoRALinear), LoRALinear.merged)
+    model.requires_grad_(True)
+
+
+def fingerprint(weights: dict[str, Tensor]) -> str:
+    """ SHA-256 of names, shapes, types and values: which weights a low-rank part belongs to """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f'{name} {tuple(tensor.shape)} {tensor.dtype} '.encode())
+        digest.update(tensor.detach().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def lora_weights(model: GPT) -> dict[str, Tensor]:
+    """ the low-rank parts of a state dict: all that is trained and all that a checkpoint of an adapter holds """
+    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if '.lora_' in name}

@@ -1,6 +1,7 @@
 """ Print text from a trained model.
 
 $ python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --temperature=0.8 --top_k=200
+$ python sample.py --init_from=gpt2-xl --start="What is the answer to life?" --num_samples=5 --max_new_tokens=100
 $ python sample.py --out_dir=out-shakespeare-char --start=FILE:prompt.txt --num_samples=1 --stop="\\n\\n"
 $ python sample.py --out_dir=out-shakespeare-char --prompts=prompts.txt --num_samples=3 --out=results.json
 """
@@ -13,7 +14,7 @@ import time
 from configurator import configure
 
 # ---- configuration
-init_from = 'resume'      # a checkpoint in out_dir
+init_from = 'resume'      # a checkpoint in out_dir; ckpt:PATH; gpt2 to gpt2-xl, another GPT-2 on the Hub, or a folder
 out_dir = 'out'
 ckpt = 'best'             # lowest validation loss, or 'last'
 # what to continue
@@ -130,8 +131,6 @@ def converse():
 
 
 # ---- set-up
-if init_from != 'resume':
-    fail(f"--init_from={init_from} is not resume")
 if interactive and (prompts or out):
     fail("--interactive=True asks for its prompts and prints, --prompts and --out do not go with it")
 require(config, 1, 'num_samples', 'max_new_tokens')
@@ -147,7 +146,7 @@ if hasattr(sys.stdout, 'reconfigure'):
     sys.stdout.reconfigure(encoding='utf-8', errors='replace')   # models write characters that a console may not know
 
 # ---- prompts
-trained = checkpoint.load(path := checkpoint.find(out_dir, ckpt))
+trained = checkpoint.weights_of(init_from, out_dir, ckpt)
 tokenizer = tokenizer_of(trained)
 ending = Ending(tokenizer, stop, stop_at_eot)
 with one_line_errors():
@@ -168,8 +167,9 @@ if compile and device != 'cpu':   # there oneDNN's layout of the weights is fast
 
 # ---- samples
 if out:
-    identity = {'checkpoint': path, 'sha256': sha256_of(path), 'iter_num': trained.get('iter_num'),
-                'model_args': trained['model_args']}
+    path = trained.get('path', '')
+    identity = {'checkpoint': path or init_from, 'sha256': sha256_of(path) if path else '',
+                'iter_num': trained.get('iter_num'), 'model_args': trained['model_args']}
     write([seed], {})   # better now than at the end, if that is not possible
 for name in {'SIGTERM', 'SIGHUP'} & {*dir(signal)}:   # what is finished is written
     signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))

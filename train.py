@@ -27,7 +27,8 @@ eval_iters = 200                      # batches per split and evaluation, 0: eve
 eval_only = False                     # evaluate once and stop, saving nothing
 always_save_checkpoint = True         # at every evaluation; False: at those that improve
 save_interval = 900.0                 # seconds between checkpoints, whatever the evaluations say, 0: off
-init_from = 'scratch'                 # 'resume', 'auto' (resume if there is something), 'ckpt:PATH' (weights only)
+init_from = 'scratch'                 # 'resume', 'auto' (resume if there is something), or weights only: 'ckpt:PATH',
+                                      # 'gpt2' to 'gpt2-xl', another GPT-2 on the Hub or a folder with one
 seed = 1337                           # of the weights, the batches and dropout
 # wandb
 wandb_log = False
@@ -46,6 +47,12 @@ n_embd = 768
 dropout = 0.0                         # 0 for pretraining, 0.1 and more for small data
 bias = False                          # in linear and norm layers
 vocab_size = 0                        # 0: the dataset's; GPT-2's is rounded up to 50304
+# finetuning of what init_from has
+lora_rank = 0                         # of what is trained beside the frozen weights (arXiv 2106.09685), 0: train all
+lora_alpha = 16.0                     # its output counts alpha / rank
+lora_dropout = 0.0
+lora_targets = 'c_attn'               # the layers that get one: c_attn,c_proj,c_fc
+unfreeze = ''                         # 'head:1000,3:1000,all': first the head, then the last 3 blocks too, then all
 # AdamW
 learning_rate = 6e-4                  # the highest
 max_iters = 600000                    # updates in all
@@ -75,41 +82,27 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import trange
 
 import checkpoint
-from common import (
-    autocast,
-    device_name,
-    duration,
-    fail,
-    gather,
-    one_line_errors,
-    peak_flops,
-    peak_memory,
-    print0,
-    require,
-    resolve_device,
-    resolve_dtype,
-    start_processes,
-    synchronize,
-    try_compile,
-)
+import common
+from common import device_name, duration, fail, gather, one_line_errors, print0, require, synchronize
 from dataset import batch_seed, check_fits, open_dataset
 from logger import Logger, draw_runs
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, lora_weights
+from optim import frozen_at, load_optimizer, start_adapter, train_only, unfreezing
 
 # ---- set-up
 require(config, 1, 'gradient_accumulation_steps', 'batch_size', 'block_size', 'eval_interval', 'log_interval')
 require(config, 0, 'max_iters', 'eval_iters', 'warmup_iters', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip',
-        'vocab_size', 'save_interval')
-if init_from not in ('scratch', 'resume', 'auto') and not init_from.startswith('ckpt:'):
-    fail(f"--init_from={init_from} is none of scratch, resume, auto, ckpt:PATH")
+        'vocab_size', 'save_interval', 'lora_rank')
+if lora_rank and unfreeze:
+    fail("--lora_rank freezes all the weights there were, --unfreeze names those to train; choose one")
 if parallel not in ('ddp', 'fsdp'):
     fail(f"--parallel={parallel} is neither ddp nor fsdp")
 if decay_lr and warmup_iters >= lr_decay_iters:
     print0(f"warning: warmup_iters={warmup_iters} is not below lr_decay_iters={lr_decay_iters}, "
            "so the learning rate falls to min_lr right after the warm-up")
-device = resolve_device(device)
+device = common.resolve_device(device)
 with one_line_errors():
-    rank, world_size = start_processes(device, backend)
+    rank, world_size = common.start_processes(device, backend)
 
 
 def can_share(steps):
@@ -125,9 +118,9 @@ if not can_share(gradient_accumulation_steps):
 micro_steps = max(gradient_accumulation_steps // world_size, 1)   # of this process
 parts = max(world_size // gradient_accumulation_steps, 1)         # of a batch, each for another process
 device_type = torch.device(device).type
-dtype = resolve_dtype(dtype, device_type)
-context = autocast(device_type, dtype)
-peak = peak_flops(device_name(device), dtype)   # FLOP/s or None
+dtype = common.resolve_dtype(dtype, device_type)
+context = common.autocast(device_type, dtype)
+peak = common.peak_flops(device_name(device), dtype)   # FLOP/s or None
 if device_type == 'cuda':
     torch.set_float32_matmul_precision('high')  # TF32 for what is left in float32
 torch.manual_seed(seed % 2**63)                 # any int will do
@@ -178,13 +171,16 @@ resumed = 'iter_num' in start
 if start:
     checkpoint.check_start(start, config, {key: meta[key] for key in ('tokenizer', 'tokens', 'sha256')})
     model = checkpoint.build_model(start, dropout=dropout)
-    if block_size < model.config.block_size:
-        model.crop_block_size(block_size)
 else:
     if not vocab_size:
         vocab_size = meta['vocab_size'] if meta['tokenizer']['name'] == 'char' else -(-meta['vocab_size'] // 64) * 64
     with one_line_errors():
         model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias))
+if lora_rank and not resumed:
+    start |= start_adapter(model, init_from if start else '', config)
+if block_size < model.config.block_size:
+    model.crop_block_size(block_size)
+adapter = {key: start[key] for key in ('lora', 'base') if key in start}   # {} where all weights are trained
 block_size = model.config.block_size
 check_fits(splits, model.config.vocab_size, block_size)
 if parallel == 'fsdp' and world_size > 1:
@@ -200,10 +196,11 @@ elapsed = start.get('elapsed', 0.0)             # seconds of training
 
 # ---- optimizer
 with one_line_errors():
+    stages = unfreezing(unfreeze, model.config.n_layer)
     optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, eps=adam_eps)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)   # small gradients would be 0 in float16
 if resumed:
-    checkpoint.load_optimizer(optimizer, start.get('optimizer', {}))
+    load_optimizer(optimizer, start.get('optimizer', {}))
     scaler.load_state_dict(start.get('scaler') or scaler.state_dict())
 
 
@@ -248,7 +245,8 @@ def evaluate(split):
 
 def run_state():
     """ what a checkpoint holds, besides the best validation loss """
-    return {'model': raw_model.state_dict(keep_vars=True), 'model_args': raw_model.config.model_args(),
+    weights = lora_weights(raw_model) if adapter else raw_model.state_dict(keep_vars=True)
+    return {'model': weights, **adapter, 'model_args': raw_model.config.model_args(),
             'iter_num': iter_num, 'eval_iter': eval_iter, 'skipped': skipped, 'elapsed': elapsed,
             'wandb_id': logger.wandb_id, **source, 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict()}
 
@@ -268,18 +266,19 @@ def forward_backward(model, iter_num, micro_step):
 
 
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
-print0(f"model: {model.get_num_params():,} parameters without positions, on {device_name(device)} in {dtype}"
+part = f", of which LoRA's {sum(p.numel() for p in lora_weights(model).values()):,} are trained" if adapter else ''
+print0(f"model: {model.get_num_params():,} parameters without positions{part}, on {device_name(device)} in {dtype}"
        + f", {world_size} processes" * (world_size > 1))
 print0(f"data: {dataset}, {len(splits['train']):,} tokens to train on, {len(splits['val']):,} to validate, "
        f"{tokens_per_iter:,} an iteration")
 raw_model = model   # without the wrappers that follow
 if compile:
     print0("compiling the model (a minute or more, once) ...")
-    model = try_compile(model, lambda compiled: forward_backward(compiled, 0, 0))
+    model = common.try_compile(model, lambda compiled: forward_backward(compiled, 0, 0))
     optimizer.zero_grad(set_to_none=True)
 eval_model = model   # without DDP's, which evaluation does not need
 if parallel == 'ddp' and world_size > 1:
-    model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    model = DistributedDataParallel(model, gradient_as_bucket_view=True, find_unused_parameters=bool(unfreeze))
 
 
 def synchronize_gradients(on):
@@ -344,6 +343,8 @@ while True:
         break
 
     # one update, from the gradients of all micro-steps
+    if (frozen := frozen_at(stages, iter_num)) != raw_model.frozen:
+        print0(f"iter {iter_num}: training {train_only(raw_model, frozen)}")
     lr = get_lr(iter_num)
     for group in optimizer.param_groups:
         group['lr'] = lr
@@ -384,7 +385,7 @@ while True:
                f"{tokens_per_iter / seconds:,.0f} tok/s, mfu {f'{mfu:.1%}' if mfu else 'n/a'}, eta {duration(eta)}")
         logger.log({'iter': iter_num - 1, 'loss': loss, 'lr': lr, 'grad_norm': norm, 'skipped': skipped,
                     'time': seconds, 'tokens_per_second': tokens_per_iter / seconds, 'mfu': mfu,
-                    'memory': peak_memory(device), 'elapsed': elapsed})
+                    'memory': common.peak_memory(device), 'elapsed': elapsed})
     if bad_steps == most_bad_steps:
         print0(f"stopped: {bad_steps} updates had a loss or gradient that was not finite, none was applied; try "
                "a lower --learning_rate, --adam_eps=1e-5 or --dtype=float32, or look at the data")

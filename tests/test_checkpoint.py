@@ -16,8 +16,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from checkpoint import Saver, build_model, find, load, load_optimizer, move_aside, save, starting_point
+from checkpoint import Saver, build_model, find, load, move_aside, save, starting_point
 from model import GPT, GPTConfig
+from optim import load_optimizer
 
 SMALL = dict(block_size=8, vocab_size=20, n_layer=1, n_head=2, n_embd=16)
 
