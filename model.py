@@ -386,10 +386,13 @@ def _gpt2_file(source: str, name: str) -> str | None:
     if source.count('/') != 1 and source not in SIZES or source.startswith(('.', '/', '~')):
         raise ValueError(f"--init_from={source} is none of scratch, resume, auto, ckpt:PATH, {', '.join(SIZES)}, "
                          "no folder, and no name on the Hugging Face Hub (owner/model)")
-    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
+    repository = source if '/' in source else f'openai-community/{source}'
     try:
-        return hf_hub_download(source if '/' in source else f'openai-community/{source}', name)
+        return hf_hub_download(repository, name)
     except errors.LocalEntryNotFoundError:
+        if try_to_load_from_cache(repository, name):   # it remembers that there is none
+            return None
         reason = "no connection, and no copy from before"
     except errors.EntryNotFoundError:
         return None
