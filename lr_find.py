@@ -57,7 +57,8 @@ if not (num_steps >= 10 and 0 < first_lr < last_lr and 0 <= smoothing < 1 and ex
     fail(f"--num_steps={num_steps} must be at least 10, --first_lr={first_lr} above 0 and below --last_lr={last_lr}, "
          f"--smoothing={smoothing} 0 or more and below 1, --explosion={explosion} above 1")
 model, optimizer, scaler, micro_steps = (train[key] for key in ('raw_model', 'optimizer', 'scaler', 'micro_steps'))
-train_only(model, frozen_at(train['stages'], train['iter_num']))
+if train['stages']:
+    train_only(model, frozen_at(train['stages'], train['iter_num']))
 rates, losses, smooth, average = [], [], [], 0.0
 bar = trange(num_steps, disable=train['rank'] > 0 or None, leave=False)
 for step in bar:
@@ -82,14 +83,10 @@ for step in bar:
 bar.close()
 
 # ---- result
+if stopped:
+    fail("stopped by a signal")
 lowest = smooth.index(min(smooth))
-if stopped or lowest < 10:
-    fail("stopped by a signal" if stopped else
-         f"the loss rose from step {lowest} on, at a learning rate of {rates[lowest]:.1e}; try a lower --first_lr")
 suggestion = rates[lowest] / 10   # ten times below where it falls no more: fast, and with a margin
-print0(f"the loss is lowest, {smooth[lowest]:.4f}, at {rates[lowest]:.1e} and "
-       + ("explodes" if len(rates) < num_steps else "has not exploded") + f" at {rates[-1]:.1e}\n"
-       f"suggestion: --learning_rate={suggestion:.1e} --min_lr={suggestion / 10:.1e}")
 if train['rank'] == 0:
     with one_line_errors():
         os.makedirs(out_dir := train['out_dir'], exist_ok=True)
@@ -99,3 +96,8 @@ if train['rank'] == 0:
         draw(os.path.join(out_dir, 'lr_find.png'))
 if train['world_size'] > 1:
     torch.distributed.destroy_process_group()
+if lowest < 10:
+    fail(f"the loss rises from step {lowest} on, at a learning rate of {rates[lowest]:.1e}; try a lower --first_lr")
+print0(f"the loss is lowest, {smooth[lowest]:.4f}, at {rates[lowest]:.1e} and "
+       + ("explodes" if len(rates) < num_steps else "has not exploded") + f" at {rates[-1]:.1e}\n"
+       f"suggestion: --learning_rate={suggestion:.1e} --min_lr={suggestion / 10:.1e}")
