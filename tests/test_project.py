@@ -44,12 +44,17 @@ NANOGPT_CONFIGS = {
 @pytest.fixture
 def configured(monkeypatch):
     """ the configuration of a script under these arguments: the script, run as far as its call of configure """
-    def run(script, *arguments):
+    def run(script, *arguments, own=None):
+        if script == 'lr_find.py':   # train.py's, and its own
+            source = open(os.path.join(ROOT, script), encoding='utf-8').read()
+            block = source.partition('# ---- configuration')[2].partition('config = ')[0]
+            exec(block, own := {})
+            script = 'train.py'
         path = os.path.join(ROOT, script)
         monkeypatch.setattr(sys, 'argv', [path, *arguments])
         lines = open(path, encoding='utf-8').read().splitlines()
         end = next(i for i, line in enumerate(lines) if 'configure(globals())' in line)
-        namespace = {'__file__': path, '__name__': '__main__'}
+        namespace = {'__file__': path, '__name__': '__main__', **(own or {})}
         exec(compile('\n'.join(lines[:end + 1]), path, 'exec'), namespace)
         return namespace['config']
     return run

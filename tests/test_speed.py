@@ -23,7 +23,7 @@ from checkpoint import Saver, save
 from dataset import BPETokenizer, Split
 from engine import Sampling, generate, prepare
 from logger import Logger
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, add_lora
 
 pytestmark = pytest.mark.benchmark
 
@@ -242,6 +242,53 @@ def test_the_first_text_comes_soon(here):
     print(f"\nsample.py {statistics.median(ours):.2f} s, import torch {statistics.median(importing):.2f}, "
           f"difference {beyond:.2f}")
     assert beyond <= 1.5
+
+
+# ---- finetuning
+
+def test_loading_gpt2_against_reading_its_file(here):
+    """ from_pretrained on 124M in safetensors, and read() of the same 498 MB, turn by turn, both in the page cache """
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.set_num_threads(os.cpu_count())
+    GPT2LMHeadModel(GPT2Config()).save_pretrained('folder')
+    reading, loading = [], []
+    for _ in range(9):
+        start = time.perf_counter()
+        with open('folder/model.safetensors', 'rb') as file:
+            content = file.read()
+        reading.append(time.perf_counter() - start)
+        del content
+        start = time.perf_counter()
+        model = GPT.from_pretrained('folder')
+        loading.append(time.perf_counter() - start)
+        del model
+    ratio = statistics.median(loading) / statistics.median(reading)
+    print(f"\nreading {statistics.median(reading):.2f} s ({min(reading):.2f} to {max(reading):.2f}), "
+          f"loading {statistics.median(loading):.2f} s ({min(loading):.2f} to {max(loading):.2f}), ratio {ratio:.2f}")
+    assert ratio <= 1.5
+
+
+@pytest.mark.parametrize('size', [dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50257, block_size=128)])
+def test_an_adapters_step_against_full_finetuning(size):
+    """ GPT-2 (124M), rank 8 on c_attn, 2 x 128 tokens, forward, backward and update, turn by turn """
+    torch.set_num_threads(os.cpu_count())
+    rows = torch.randint(50257, (2, 129))
+
+    def step(model, optimizer):
+        start = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        model(rows[:, :-1], rows[:, 1:])[1].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return time.perf_counter() - start
+    full, adapted = GPT(GPTConfig(**size)), GPT(GPTConfig(**size))
+    add_lora(adapted, 8, 16.0, 0.0, 'c_attn')
+    runs = [(model, model.configure_optimizers(0.1, 1e-5, (0.9, 0.95), 'cpu')) for model in (adapted, full)]
+    ours, theirs = zip(*[[step(*run) for run in runs] for _ in range(12)], strict=True)
+    ratio = statistics.median(ours[2:]) / statistics.median(theirs[2:])
+    print(f"\nLoRA {statistics.median(ours[2:]):.2f} s ({min(ours[2:]):.2f} to {max(ours[2:]):.2f}), all weights "
+          f"{statistics.median(theirs[2:]):.2f} s ({min(theirs[2:]):.2f} to {max(theirs[2:]):.2f}), ratio {ratio:.2f}")
+    assert ratio <= 1
 
 
 # ---- data
