@@ -135,6 +135,40 @@ class KVCache:
         return keys.index_copy_(2, places, k)[:, :, :S], values.index_copy_(2, places, v)[:, :, :S]
 
 
+CHUNK = 2**25   # logits at once where only the loss is wanted: 128 MB in float32
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """ the head and its cross-entropy for some rows at a time, whose logits turn into gradients and go """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        dtype, rows = F.linear(x[:1], weight).dtype, max(1, CHUNK // len(weight))   # the dtype is autocast's
+        W, counts = weight.to(dtype), targets != -1
+        total, number = torch.zeros((), device=x.device), counts.sum().clamp(min=1)
+        dx, dW = (torch.zeros_like(each) if wanted else None
+                  for each, wanted in zip((x, weight), ctx.needs_input_grad, strict=False))
+        for begin in range(0, len(x), rows):
+            part = slice(begin, begin + rows)
+            inputs, target = x[part].to(dtype), targets[part, None].clamp(min=0)
+            logits = (inputs @ W.t()).float()                       # (rows, V)
+            log_sum, correct = logits.logsumexp(-1, keepdim=True), logits.gather(1, target)
+            total += ((log_sum - correct)[:, 0] * counts[part]).sum()
+            grad = logits.sub_(log_sum).exp_().scatter_add_(1, target, -torch.ones_like(correct))   # softmax - one-hot
+            grad = grad.mul_(counts[part, None]).to(dtype)          # not yet divided: small numbers are 0 in float16
+            if dx is not None:
+                dx[part] = grad @ W
+            if dW is not None:
+                dW += grad.t() @ inputs
+        ctx.save_for_backward(dx, dW, number)
+        return total / number
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *sums, number = ctx.saved_tensors
+        return *(each if each is None else each * (grad / number) for each in sums), None
+
+
 class GPT(nn.Module):
     """ token ids in, logits over the next token out """
 
@@ -200,12 +234,13 @@ class GPT(nn.Module):
             mask = (mask & shown | (keys == queries))[:, None]                # (B, 1, T, S), never a row of nothing
         return mask, False
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None, *,
-                cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, idx: Tensor, targets: Tensor | None = None, *, cache: KVCache | None = None,
+                loss_only: bool = False) -> tuple[Tensor | None, Tensor | None]:
         """ logits and loss for token ids idx (B, T) int64, which continue what is in the cache, if there is one
 
-        With targets (B, T): logits (B, T, V) and the mean cross-entropy in nats per token over targets != -1.
-        Without: logits (B, 1, V) of the last position and None. ValueError if they do not fit block_size or the cache.
+        With targets (B, T): logits (B, T, V), or None with loss_only, which saves the memory for them, and the mean
+        cross-entropy in nats per token over targets != -1. Without: logits (B, 1, V) of the last position and None.
+        ValueError if they do not fit block_size or the cache.
         """
         T, start = idx.shape[1], cache.length if cache else 0
         S = cache.capacity if isinstance(start, Tensor) else start + T
@@ -225,6 +260,8 @@ class GPT(nn.Module):
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.lm_head(x[:, -1:]), None               # (B, 1, V)
+        if loss_only and targets.numel() * self.config.vocab_size > CHUNK:
+            return None, _ChunkedLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
         logits = self.lm_head(x)                               # (B, T, V)
         loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=-1)
         return logits, loss

@@ -236,7 +236,7 @@ def evaluate(split):
                 data.sweep_batch(batch_size, block_size, k % length))
         x, y = to_device(rows)
         with context:
-            losses.append(eval_model(x, y)[1].where((y != -1).any(), 0))   # a mask may leave no target
+            losses.append(eval_model(x, y, loss_only=True)[1].where((y != -1).any(), 0))   # a mask may leave no target
         counts.append((y != -1).sum())
     losses, counts = torch.stack(losses).tolist(), torch.stack(counts).tolist()
     losses, counts = (torch.tensor(gather(*each)).double().flatten()[:length] for each in (losses, counts))
@@ -260,7 +260,7 @@ def forward_backward(model, iter_num, micro_step):
     weight = parts * (mine[:, 1:] >= 0).sum().item() / (rows[:, 1:] >= 0).sum().item()   # 1 if no mask leaves less
     reseed(batch_seed(seed, f'dropout {rank % parts}', step))
     with context:
-        loss = model(x, y)[1] / (micro_steps / weight)
+        loss = model(x, y, loss_only=True)[1] / (micro_steps / weight)
     scaler.scale(loss).backward()
     return loss.detach()
 

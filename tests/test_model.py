@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import model
 from model import GPT, GPTConfig
 
 SIZES = {'gpt2': (12, 12, 768), 'gpt2-medium': (24, 16, 1024), 'gpt2-large': (36, 20, 1280), 'gpt2-xl': (48, 25, 1600)}
@@ -301,3 +302,63 @@ def test_recomputed_activations_give_the_same_gradients_and_take_less_memory():
         assert torch.equal(model.eval()(x)[0], model(x)[0])
     assert all(torch.equal(one, two) for one, two in zip(*gradients, strict=True))
     assert kept[1] < kept[0] / 3
+
+
+# ---- the loss without the logits in memory
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('chunk', [301, 5000, 301 * 40])   # a row at once, 16 rows, and a last chunk of 8
+@pytest.mark.parametrize('tie', [True, False])
+def test_the_loss_in_chunks_is_the_loss(monkeypatch, dtype, chunk, tie):
+    """ and so are its gradients, with targets that do not count, a factor, and small probabilities in float16 """
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(block_size=32, vocab_size=301, n_layer=1, n_head=2, n_embd=32, tie=tie))
+    idx, targets = torch.randint(301, (2, 4, 32))
+    targets[0, :7] = -1
+    found = []
+    for size, kind in ((2**30, torch.float32), (2**30, dtype), (chunk, dtype)):
+        monkeypatch.setattr(model, 'CHUNK', size)
+        gpt.zero_grad()
+        with torch.autocast('cpu', kind, enabled=kind != torch.float32):
+            logits, loss = gpt(idx, targets, loss_only=True)
+        (loss * 1024).backward()
+        found.append((loss.detach(), {name: p.grad / 1024 for name, p in gpt.named_parameters()}))
+        assert (logits is None) == (size == chunk)
+    (_, truth), (whole, expected), (chunked, gradients) = found
+    assert torch.allclose(whole, chunked, rtol=1e-6 if dtype != torch.float32 else 0, atol=1e-6)
+    for name in gradients:   # as near to the truth as the whole logits bring it
+        error, theirs = ((each[name] - truth[name]).abs().max() for each in (gradients, expected))
+        assert error <= (3 * theirs + 1e-6 if dtype != torch.float32 else 1e-6), name
+
+
+def test_chunks_where_something_is_frozen_or_nothing_counts(monkeypatch):
+    monkeypatch.setattr(model, 'CHUNK', 500)
+    gpt = GPT(GPTConfig(block_size=32, vocab_size=301, n_layer=1, n_head=2, n_embd=32))
+    idx = torch.randint(301, (4, 32))
+    gpt.lm_head.weight.requires_grad_(False)
+    gpt(idx, idx, loss_only=True)[1].backward()
+    assert gpt.lm_head.weight.grad is None and gpt.transformer.ln_f.weight.grad.any()
+    with torch.no_grad():
+        loss = gpt(idx, idx, loss_only=True)[1]
+        assert torch.allclose(loss, gpt(idx, idx)[1]) and not loss.requires_grad
+        assert gpt(idx, torch.full_like(idx, -1), loss_only=True)[1] == 0
+
+
+def test_small_batches_keep_their_logits():
+    gpt = GPT(GPTConfig(block_size=32, vocab_size=301, n_layer=1, n_head=2, n_embd=32))
+    idx = torch.randint(301, (4, 32))
+    logits, loss = gpt(idx, idx, loss_only=True)
+    assert logits.shape == (4, 32, 301) and torch.equal(loss, gpt(idx, idx)[1])
+
+
+@pytest.mark.slow
+def test_chunks_compiled(monkeypatch):
+    monkeypatch.setattr(model, 'CHUNK', 5000)
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(block_size=32, vocab_size=301, n_layer=1, n_head=2, n_embd=32))
+    idx, gradients = torch.randint(301, (4, 32)), []
+    for run in (gpt, torch.compile(gpt)):
+        gpt.zero_grad()
+        run(idx, idx, loss_only=True)[1].backward()
+        gradients.append([p.grad.clone() for p in gpt.parameters()])
+    assert all(torch.allclose(one, two, atol=1e-5) for one, two in zip(*gradients, strict=True))

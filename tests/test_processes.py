@@ -179,8 +179,8 @@ def test_half_precision_in_two_processes(tiny, processes):
 BAD_LOSS = """
 import model, os
 forward, calls = model.GPT.forward, []
-def poisoned(self, idx, targets=None):
-    logits, loss = forward(self, idx, targets)
+def poisoned(self, idx, targets=None, **options):
+    logits, loss = forward(self, idx, targets, **options)
     calls.extend([1] * self.training)
     bad = os.environ['RANK'] == '1' and self.training and len(calls) in BAD
     return logits, loss + (float('nan') * BACKWARD if bad else 0)

@@ -321,8 +321,8 @@ def test_ten_bad_updates_stop_the_run_and_spoil_nothing(tiny, script, capsys, mo
     """ the loss is NaN from the fourth forward of training on """
     forward, calls = model_module.GPT.forward, []
 
-    def poisoned(self, idx, targets=None):
-        logits, loss = forward(self, idx, targets)
+    def poisoned(self, idx, targets=None, **options):
+        logits, loss = forward(self, idx, targets, **options)
         calls.extend([1] * self.training)
         return logits, loss * (math.nan if len(calls) > 3 and self.training else 1)
     monkeypatch.setattr(model_module.GPT, 'forward', poisoned)
