@@ -135,7 +135,7 @@ class KVCache:
         return keys.index_copy_(2, places, k)[:, :, :S], values.index_copy_(2, places, v)[:, :, :S]
 
 
-CHUNK = 2**25   # logits at once where only the loss is wanted: 128 MB in float32
+CHUNK = 2**24   # logits at once where only the loss is wanted: 64 MB in float32; a GPU wants larger products
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -143,7 +143,8 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        dtype, rows = F.linear(x[:1], weight).dtype, max(1, CHUNK // len(weight))   # the dtype is autocast's
+        rows = max(1, CHUNK * (8 if x.is_cuda else 1) // len(weight))
+        dtype = F.linear(x[:1], weight).dtype                       # autocast's
         W, counts = weight.to(dtype), targets != -1
         total, number = torch.zeros((), device=x.device), counts.sum().clamp(min=1)
         dx, dW = (torch.zeros_like(each) if wanted else None
@@ -159,7 +160,7 @@ class _ChunkedLoss(torch.autograd.Function):
             if dx is not None:
                 dx[part] = grad @ W
             if dW is not None:
-                dW += grad.t() @ inputs
+                dW.addmm_(grad.t(), inputs) if dtype == dW.dtype else dW.add_(grad.t() @ inputs)
         ctx.save_for_backward(dx, dW, number)
         return total / number
 

@@ -244,6 +244,24 @@ def test_the_first_text_comes_soon(here):
     assert beyond <= 1.5
 
 
+# ---- memory
+
+def test_memory_of_a_training_step(here):
+    """ GPT-2 (124M), 8 x 1024 tokens, float32, each in a process of its own: with all logits, and with some at once """
+    code = "import sys; sys.path.insert(0, sys.argv[1])\n" \
+           "import torch, model\n" \
+           "gpt = model.GPT(model.GPTConfig())\n" \
+           "optimizer = gpt.configure_optimizers(0.1, 1e-4, (0.9, 0.95), 'cpu')\n" \
+           "rows = torch.randint(50257, (8, 1025))\n" \
+           "gpt(rows[:, :-1], rows[:, 1:], loss_only=sys.argv[2] == 'ours')[1].backward()\n" \
+           "optimizer.step()\n" \
+           "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
+    ours, plain = (1024 * int(subprocess.run([sys.executable, '-c', code, ROOT, which], capture_output=True, text=True,
+                                             check=True).stdout) for which in ('ours', 'plain'))
+    print(f"\nours {ours / 1e9:.2f} GB, plain {plain / 1e9:.2f} GB, ratio {ours / plain:.3f}")
+    assert ours <= 0.6 * plain
+
+
 # ---- finetuning
 
 def test_loading_gpt2_against_reading_its_file(here):
