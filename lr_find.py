@@ -27,7 +27,7 @@ import torch
 from tqdm import trange
 
 from common import atomic_write, fail, gather, one_line_errors, print0
-from optim import frozen_at, train_only
+from optim import frozen_at, train_only, update
 
 # ---- functions
 
@@ -69,11 +69,7 @@ for step in bar:
     for m in range(micro_steps):
         train['synchronize_gradients'](m == micro_steps - 1)
         loss += train['forward_backward'](train['model'], step, m)
-    scaler.unscale_(optimizer)
-    torch.nn.utils.clip_grad_norm_(model.parameters(), train['grad_clip'] or math.inf)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    update(model, optimizer, scaler, loss, train['grad_clip'])
     loss, stopped = (max(each) if i else sum(each) / len(each) for i, each in
                      enumerate(gather(loss.item(), train['received'])))
     average = smoothing * average + (1 - smoothing) * loss

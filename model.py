@@ -135,6 +135,7 @@ class KVCache:
         return keys.index_copy_(2, places, k)[:, :, :S], values.index_copy_(2, places, v)[:, :, :S]
 
 
+FUSED = ('cuda', 'cpu')   # devices that have one kernel for AdamW's whole update
 CHUNK = 2**24   # logits at once where only the loss is wanted: 64 MB in float32; a GPU wants larger products
 
 
@@ -329,8 +330,7 @@ class GPT(nn.Module):
         parameters = [p for p in self.parameters() if p.requires_grad]
         groups = [{'params': [p for p in parameters if p.dim() >= 2], 'weight_decay': weight_decay},
                   {'params': [p for p in parameters if p.dim() < 2], 'weight_decay': 0.0}]
-        fused = device_type in ('cuda', 'cpu')   # one kernel for the whole update
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=fused)
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=device_type in FUSED)
 
     def new_cache(self, padding: Tensor, capacity: int) -> KVCache:
         """ an empty one for rows with this padding (B,), in the type that the products have, also under autocast """

@@ -1,14 +1,18 @@
-""" What of a model is trained when, and the state of its optimizer.
+""" What of a model is trained when, one update of it, and the state of its optimizer.
 
     stages = unfreezing('head:1000,all', n_layer=12)   # [(0, 13), (1000, 0)]
     train_only(model, frozen_at(stages, iter_num))
     load_optimizer(optimizer, checkpoint['optimizer'])
 """
+import math
+
 import torch
+import torch.distributed as dist
+import torch.nn as nn
 from torch import Tensor
 
 from common import fail, one_line_errors
-from model import GPT, add_lora, fingerprint
+from model import FUSED, GPT, add_lora, fingerprint
 
 # ---- gradual unfreezing (https://arxiv.org/abs/1801.06146)
 
@@ -66,6 +70,34 @@ def start_adapter(model: GPT, init_from: str, config: dict) -> dict:
     with one_line_errors():
         add_lora(model, **lora)
     return {'lora': lora, 'base': base}
+
+
+# ---- an update
+
+def update(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, loss: Tensor,
+           grad_clip: float) -> tuple[Tensor, Tensor]:
+    """ one step with the gradients that there are, which then go; (norm, bad), both on the device
+
+    norm: of all gradients, before they were clipped to grad_clip (0: they are not). bad: 1.0 where the loss or a
+    gradient of any process is not finite, and then nothing is changed, else 0.0. The fused kernels look at it by
+    themselves; nothing waits for the device, except in float16, with FSDP and on MPS.
+    """
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    sharded = hasattr(norm, 'full_tensor')
+    norm = norm.full_tensor() if sharded else norm
+    bad = 1 - (loss.detach() + norm).isfinite().float()
+    if dist.is_initialized():
+        dist.all_reduce(bad, dist.ReduceOp.MAX)
+    if scaler.is_enabled() or sharded or bad.device.type not in FUSED:
+        if not bad.item():
+            scaler.step(optimizer)
+    else:
+        optimizer.grad_scale, optimizer.found_inf = None, bad   # what GradScaler gives them
+        optimizer.step()
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm, bad
 
 
 # ---- the optimizer's state

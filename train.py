@@ -87,7 +87,7 @@ from common import device_name, duration, fail, gather, one_line_errors, print0,
 from dataset import batch_seed, check_fits, open_dataset
 from logger import Logger, draw_runs
 from model import GPT, GPTConfig, lora_weights
-from optim import frozen_at, load_optimizer, start_adapter, train_only, unfreezing
+from optim import frozen_at, load_optimizer, start_adapter, train_only, unfreezing, update
 
 # ---- set-up
 require(config, 1, 'gradient_accumulation_steps', 'batch_size', 'block_size', 'eval_interval', 'log_interval')
@@ -247,7 +247,7 @@ def run_state():
     """ what a checkpoint holds, besides the best validation loss """
     weights = lora_weights(raw_model) if adapter else raw_model.state_dict(keep_vars=True)
     return {'model': weights, **adapter, 'model_args': raw_model.config.model_args(),
-            'iter_num': iter_num, 'eval_iter': eval_iter, 'skipped': skipped, 'elapsed': elapsed,
+            'iter_num': iter_num, 'eval_iter': eval_iter, 'skipped': int(skipped), 'elapsed': elapsed,
             'wandb_id': logger.wandb_id, **source, 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict()}
 
 
@@ -352,28 +352,19 @@ while True:
     for m in range(micro_steps):
         synchronize_gradients(m == micro_steps - 1)
         loss += forward_backward(model, iter_num, m)
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
-    norm = (norm.full_tensor() if parallel == 'fsdp' and world_size > 1 else norm).item()
+    norm, bad = update(raw_model, optimizer, scaler, loss, grad_clip)
+    bad_steps, skipped = (bad_steps + 1) * bad, skipped + bad   # on the device, which need not be waited for
     # what all processes have to agree on
-    save_due = save_interval > 0 and time.monotonic() - saved_at >= save_interval
-    losses, stop_signals, due = gather(loss.item(), received, save_due)
-    loss, stopped, save_due = sum(losses) / world_size, int(max(stop_signals)), due[0]
-    good = math.isfinite(loss) and math.isfinite(norm)
-    if good:
-        scaler.step(optimizer)
-        bad_steps = 0
-    else:
-        bad_steps, skipped = bad_steps + 1, skipped + 1
-        print0(f"iter {iter_num}: loss {loss:.4f}, norm {norm:.2f}: update skipped, {bad_steps} in a row")
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    stop_signals, due = gather(received, save_interval > 0 and time.monotonic() - saved_at >= save_interval)
+    stopped, save_due = int(max(stop_signals)), due[0]
     iter_num += 1
     if iter_num == first_iter + 1:
         saver.reserve(run_state())              # now that the optimizer has its moments
 
     # log; the loss is the mean over the micro-steps and processes, before the update
-    if (iter_num - 1) % log_interval == 0 or not good:
+    logging, looking = (iter_num - 1) % log_interval == 0, iter_num % most_bad_steps == 0
+    if logging or looking and bad_steps.item():
+        loss, norm = sum(gather(loss.item())[0]) / world_size, norm.item()
         synchronize(device)
         seconds = (time.perf_counter() - logged_at) / (iter_num - logged_iter)
         elapsed += time.perf_counter() - logged_at
@@ -381,13 +372,15 @@ while True:
         sequences = micro_steps * batch_size // parts   # of this process, on its device
         mfu = raw_model.estimate_mfu(sequences, seconds, peak_flops=peak) if peak else None
         eta = (max_iters - iter_num) * seconds + math.ceil((max_iters - iter_num) / eval_interval) * eval_time
+        if bad_steps:
+            print0(f"iter {iter_num - 1}: not finite, update skipped, {bad_steps:.0f} in a row")
         print0(f"iter {iter_num - 1}: loss {loss:.4f}, lr {lr:.1e}, norm {norm:.2f}, time {seconds * 1e3:.1f}ms, "
                f"{tokens_per_iter / seconds:,.0f} tok/s, mfu {f'{mfu:.1%}' if mfu else 'n/a'}, eta {duration(eta)}")
-        logger.log({'iter': iter_num - 1, 'loss': loss, 'lr': lr, 'grad_norm': norm, 'skipped': skipped,
+        logger.log({'iter': iter_num - 1, 'loss': loss, 'lr': lr, 'grad_norm': norm, 'skipped': int(skipped),
                     'time': seconds, 'tokens_per_second': tokens_per_iter / seconds, 'mfu': mfu,
                     'memory': common.peak_memory(device), 'elapsed': elapsed})
-    if bad_steps == most_bad_steps:
-        print0(f"stopped: {bad_steps} updates had a loss or gradient that was not finite, none was applied; try "
+    if (logging or looking) and bad_steps >= most_bad_steps:
+        print0(f"stopped: {bad_steps:.0f} updates had a loss or gradient that was not finite, none was applied; try "
                "a lower --learning_rate, --adam_eps=1e-5 or --dtype=float32, or look at the data")
         break
     if stopped:
@@ -414,7 +407,7 @@ if world_size > 1:
     gather(0)                                   # leave together: torchrun stops the others when one has gone
     del model, eval_model, raw_model, optimizer   # they hold the process group, whose threads must end first
     torch.distributed.destroy_process_group()
-if bad_steps == most_bad_steps:
+if bad_steps >= most_bad_steps:
     sys.exit(3)
 if stopped:
     sys.exit(128 + stopped)

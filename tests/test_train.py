@@ -339,6 +339,35 @@ def test_ten_bad_updates_stop_the_run_and_spoil_nothing(tiny, script, capsys, mo
     assert all(torch.equal(skipped[name], clean[name]) for name in clean)   # the ten changed nothing
 
 
+def test_bad_updates_between_log_lines_stop_the_run_too(tiny, script, capsys, monkeypatch):
+    """ it is looked at every ten iterations, whatever is logged """
+    forward = model_module.GPT.forward
+
+    def poisoned(self, idx, targets=None, **options):
+        logits, loss = forward(self, idx, targets, **options)
+        return logits, loss * (math.nan if self.training else 1)
+    monkeypatch.setattr(model_module.GPT, 'forward', poisoned)
+    with pytest.raises(SystemExit) as stop:
+        script('train.py', *TINY, '--max_iters=500', '--log_interval=400')
+    out = capsys.readouterr().out
+    assert stop.value.code == 3 and 'iter 9: not finite, update skipped, 10 in a row' in out
+    assert load('out/ckpt.pt')['iter_num'] == 10 and load('out/ckpt.pt')['skipped'] == 10
+
+
+def test_nothing_is_read_from_the_device_between_log_lines(tiny, script, monkeypatch):
+    """ which on a GPU would wait for it; the loop asks for loss and norm where it logs, and for evaluations """
+    callers, item = [], torch.Tensor.item
+
+    def watched(tensor):
+        frame = sys._getframe(1)
+        callers.append((os.path.basename(frame.f_code.co_filename), frame.f_code.co_name))
+        return item(tensor)
+    monkeypatch.setattr(torch.Tensor, 'item', watched)
+    script('train.py', *TINY, '--max_iters=9', '--log_interval=8')   # logs at 0 and 8
+    assert callers.count(('train.py', '<module>')) == 4 and ('optim.py', 'update') not in callers
+    assert {name for name, _ in callers} <= {'train.py', 'dataset.py'}
+
+
 def test_one_bad_update_is_skipped_and_training_goes_on(tiny, script, monkeypatch):
     clip, calls = torch.nn.utils.clip_grad_norm_, []
 
