@@ -51,8 +51,7 @@ def _check_room(path: str, size: int) -> None:
 def save(path: str, state: dict, previous: str = '') -> bool:
     """ write state to path; False, with one line that says why and path as it was, if that cannot be done
 
-    What stood there before is kept under the name previous, if there is one. Refused are values that are not finite,
-    expected are full disks. Training goes on after either.
+    previous: a name for what stood there before. Values that are not finite are refused.
     """
     tensors = {}
     _map(lambda tensor: tensors.setdefault(tensor.data_ptr(), tensor), state)   # tied weights are stored once
@@ -210,7 +209,7 @@ def starting_point(init_from: str, out_dir: str) -> dict:
     """
     if init_from not in ('scratch', 'resume', 'auto'):
         trained = weights_of(init_from)
-        return {key: trained[key] for key in (*PARTS, 'tokenizer') if key in trained}
+        return {key: trained[key] for key in (*PARTS, 'tokenizer', 'path') if key in trained}
     state, paths = {}, [os.path.join(out_dir, name) for name in (LATEST, PREVIOUS)]
     for path in filter(os.path.exists, paths if init_from in ('resume', 'auto') else ()):
         try:
@@ -234,9 +233,13 @@ def starting_point(init_from: str, out_dir: str) -> dict:
 
 def _build_adapter(checkpoint: dict, changes: dict) -> GPT:
     """ of a checkpoint of LoRA: its base, from where that came from, with the low-rank parts """
-    base = weights_of(source := checkpoint['base']['init_from'])
+    sources = checkpoint['base']['sources']   # its absolute path, if it has one, and what the user called it
+    there = [each for each in sources if not os.path.isabs(path := each.removeprefix('ckpt:')) or os.path.exists(path)]
+    if not there:
+        fail(f"the base of this adapter is not there: {' or '.join(sources)}")
+    base = weights_of(there[0])
     if fingerprint(base['model']) != checkpoint['base']['sha256']:
-        fail(f"this adapter belongs to other weights than {source} holds now; put those back there")
+        fail(f"this adapter belongs to other weights than {there[0]} holds now; put those back there")
     model = build_model(base, **changes)
     model.crop_block_size(checkpoint['model_args']['block_size'])
     add_lora(model, **checkpoint['lora'])
@@ -254,17 +257,14 @@ def build_model(checkpoint: dict, **changes) -> GPT:
         config = GPTConfig(**{**checkpoint['model_args'], **changes})
         model = empty_model(config)
         model.load_state_dict(checkpoint['model'], assign=True)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:   # unknown field, impossible value, other tensors
+    except Exception as error:   # an unknown field, an impossible value, other tensors, ...
         fail(f"the checkpoint's model is not one of ours: {' '.join(str(error).split())[:300]}")
     model.tie_weights()   # which were assigned one by one
     return model
 
 
 def check_start(checkpoint: dict, config: dict, data: dict) -> None:
-    """ print what this run sets differently from the checkpoint, and SystemExit if its data does not fit
-
-    data: tokenizer, tokens and sha256 of this run's; a checkpoint without its own is not held to them.
-    """
+    """ print what a run sets differently; SystemExit where its tokenizer, tokens or sha256 (data) are not the same """
     was = {'lora_rank': 0} if 'iter_num' in checkpoint else {}   # weights alone may get an adapter
     was |= {**checkpoint.get('config', {}), **checkpoint['model_args']}
     for key in sorted(was.keys() & config.keys() - {'init_from', 'out_dir', 'eval_only'}):

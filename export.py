@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
+from dataclasses import asdict
 
 from configurator import configure
 
@@ -27,7 +29,7 @@ from safetensors.torch import save_file
 import checkpoint
 from common import fail, first_line, print0
 from dataset import BPE_FILES, tokenizer_of
-from model import CONV1D, SIZES, TOKENIZER
+from model import CONV1D, SIZES, TOKENIZER, GPTConfig
 
 # ---- functions
 
@@ -81,7 +83,7 @@ def huggingface():
 def peft():
     """ the low-rank parts under PEFT's names """
     adapter = checkpoint.load(trained['path'])
-    lora, base = adapter['lora'], adapter['base']['init_from']
+    lora, base = adapter['lora'], adapter['base']['sources'][-1]
     write('adapter_model.safetensors', {
         f"base_model.model.{name.replace('.lora_A', '.lora_A.weight').replace('.lora_B', '.lora_B.weight')}": tensor
         for name, tensor in adapter['model'].items()})
@@ -95,8 +97,8 @@ def peft():
 
 def nanogpt():
     """ nanoGPT's keys alone; its optimizer too, so that it resumes, unless that is an adapter's """
-    args = trained['model_args']
-    others = {key: args[key] for key in ('tie', 'norm_eps') if key in args}
+    args = asdict(GPTConfig(**trained['model_args']))
+    others = {key: args[key] for key in ('tie', 'norm_eps') if args[key] != getattr(GPTConfig, key)}
     if others:
         fail(f"nanoGPT has no model with {', '.join(f'{key}={value}' for key, value in others.items())}")
     if args.get('gelu') == 'tanh':
@@ -117,18 +119,21 @@ if to not in ('huggingface', 'nanogpt', 'peft'):
 if not path or os.path.exists(path):
     fail(f"--path={path} exists; choose another" if path else "say where to: --path=FOLDER (or FILE, for --to=nanogpt)")
 path = os.path.normpath(path)
-trained, folder = checkpoint.weights_of(init_from, out_dir, ckpt), f'{path}.tmp'
+trained = checkpoint.weights_of(init_from, out_dir, ckpt)
 if to == 'peft' and 'lora' not in trained:
     fail(f"{trained.get('path', init_from)} is no adapter, it has no part that LoRA trained")
 if to == 'nanogpt':
     nanogpt()
 else:
     try:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.makedirs(folder)
-        huggingface() if to == 'huggingface' else peft()
-        os.replace(folder, path)
+        os.makedirs(parent := os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent, ignore_cleanup_errors=True) as folder:
+            huggingface() if to == 'huggingface' else peft()
+            for name in os.listdir(folder):
+                with open(os.path.join(folder, name), 'rb') as file:
+                    os.fsync(file.fileno())
+            os.chmod(folder, 0o755)
+            os.replace(folder, path)
     except Exception as error:   # a full disk is an error of safetensors' own
-        shutil.rmtree(folder, ignore_errors=True)
         fail(f"{path} was not written ({first_line(error)})")
 print0(f"wrote {path}")

@@ -9,6 +9,7 @@ is; lr_find.json and lr_find.png are written beside it.
 import json
 import math
 import os
+import sys
 
 path = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py')
 with open(path, encoding='utf-8') as file:
@@ -80,7 +81,7 @@ bar.close()
 
 # ---- result
 if stopped:
-    fail("stopped by a signal")
+    sys.exit(128 + int(stopped))
 lowest = smooth.index(min(smooth))
 suggestion = rates[lowest] / 10   # ten times below where it falls no more: fast, and with a margin
 if train['rank'] == 0:

@@ -37,12 +37,14 @@ class GPTConfig:
 
     def __post_init__(self):
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
+        if not isinstance(self.norm_eps, float | int) or not 0 < self.norm_eps < 1 or not isinstance(self.tie, bool):
+            raise ValueError(f"norm_eps={self.norm_eps!r} must be above 0 and below 1, tie={self.tie!r} True or False")
         if self.gelu not in ('none', 'tanh'):
             raise ValueError(f"gelu='{self.gelu}' must be 'none' (exact) or 'tanh'")
 
@@ -435,7 +437,7 @@ def _gpt2_file(source: str, name: str) -> str | None:
     except errors.EntryNotFoundError:
         return None
     except Exception as error:   # no such model, no permission, a full disk, ...
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     raise ValueError(f"'{source}' cannot be had from the Hugging Face Hub ({reason}); give a folder instead that has "
                      "its config.json and model.safetensors")
 
@@ -455,8 +457,8 @@ def _gpt2_config(source: str, overrides: dict) -> GPTConfig:
         raise ValueError(f"'{source}' has no config.json")
     said = {**OURS, **FIXED, **read_json(path)}
     wrong = [key for key in FIXED if said[key] != FIXED[key]]
-    wrong += ['n_inner'] * (said.get('n_inner') not in (None, 4 * said['n_embd']))
-    wrong += ['activation_function'] * (said['activation_function'] not in GELU)
+    wrong += ['n_inner'] * (said.get('n_inner') not in (None, said['n_embd'] and 4 * said['n_embd']))
+    wrong += ['activation_function'] * (str(said['activation_function']) not in GELU)
     if wrong:
         raise ValueError(f"'{source}' is no GPT-2 as it is here: {', '.join(f'{k}={said[k]!r}' for k in wrong)}")
     if {*overrides} - {'dropout'}:
@@ -473,8 +475,8 @@ def _gpt2_tensors(source: str) -> Iterator[tuple[str, Tensor]]:
         files = [_gpt2_file(source, name)]
         if not files[0] and (index := _gpt2_file(source, f'{name}.index.json')):   # the weights are in several files
             files = [_gpt2_file(source, part) for part in sorted({*read_json(index).get('weight_map', {}).values()})]
-            if None in files:
-                raise ValueError(f"'{source}' lacks a file that its {name}.index.json names")
+            if None in files or not files:
+                raise ValueError(f"'{source}' lacks a file that its {name}.index.json should name")
         if files[0]:
             break
     else:
@@ -499,6 +501,8 @@ def read_gpt2(source: str, overrides: dict) -> GPT:
             name = name if name.startswith('lm_head.') else f'transformer.{name.removeprefix("transformer.")}'
             if name.endswith(('.attn.bias', '.attn.masked_bias')) or model.config.tie and name == 'lm_head.weight':
                 continue   # the causal mask, or what is wte
+            if not tensor.is_floating_point():
+                raise ValueError(f"'{source}' has a {name} of {tensor.dtype}, which is no weight of a GPT-2")
             tensor = tensor.t() if name.endswith(CONV1D) else tensor
             weights[name] = torch.empty(tensor.shape).copy_(tensor)   # contiguous, float32
         if model.config.tie:
@@ -550,9 +554,11 @@ def _replace_linears(model: GPT, wanted: Callable, new: Callable) -> None:
 def add_lora(model: GPT, rank: int, alpha: float, dropout: float, targets: str) -> None:
     """ freeze the model and give the layers named in targets, such as 'c_attn,c_fc', a trained low-rank part """
     names = [name.strip() for name in targets.split(',')]
-    if rank < 1 or not 0 <= dropout < 1 or not {*names} <= {'c_attn', 'c_proj', 'c_fc'}:
-        raise ValueError(f"lora_rank={rank} must be at least 1, lora_dropout={dropout} at least 0 and below 1, "
-                         f"lora_targets={targets} some of c_attn,c_proj,c_fc")
+    if not (1 <= rank <= model.config.n_embd and alpha > 0 and 0 <= dropout < 1 and len({*names}) == len(names)
+            and {*names} <= {'c_attn', 'c_proj', 'c_fc'}):
+        raise ValueError(f"lora_rank={rank} must be 1 to n_embd={model.config.n_embd}, lora_alpha={alpha} above 0, "
+                         f"lora_dropout={dropout} at least 0 and below 1, lora_targets={targets} some of "
+                         "c_attn,c_proj,c_fc")
     model.requires_grad_(False)
     _replace_linears(model, lambda name, layer: name in names, lambda layer: LoRALinear(layer, rank, alpha, dropout))
 

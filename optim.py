@@ -5,6 +5,7 @@
     load_optimizer(optimizer, checkpoint['optimizer'])
 """
 import math
+import os
 
 import torch
 import torch.distributed as dist
@@ -61,12 +62,20 @@ def train_only(model: GPT, frozen: int) -> str:
 
 # ---- LoRA
 
-def start_adapter(model: GPT, init_from: str, config: dict) -> dict:
-    """ add_lora, as a run's config says, to the weights of init_from; what an adapter's checkpoint says of itself """
+def start_adapter(model: GPT, start: dict, config: dict) -> dict:
+    """ add_lora to the weights that a run starts from, as its config says; what an adapter's checkpoint says of itself
+
+    It names its base by its absolute path, where it is a file or folder, and as the user did.
+    """
     lora = {key: config[f'lora_{key}'] for key in ('rank', 'alpha', 'dropout', 'targets')}
-    if not init_from:
+    if not start:
         fail("--lora_rank wants weights to start from: --init_from=gpt2, ckpt:PATH or a folder with a GPT-2")
-    base = {'init_from': init_from, 'sha256': fingerprint(model.state_dict())}
+    given, path = config['init_from'], start.get('path', config['init_from'])
+    prefix = 'ckpt:' if 'path' in start else ''
+    if prefix and os.path.abspath(os.path.dirname(path)) == os.path.abspath(config['out_dir']):
+        fail(f"--out_dir={config['out_dir']} holds the weights that the adapter is for; choose another --out_dir")
+    found = [prefix + os.path.abspath(path)] if os.path.exists(path) else []
+    base = {'sources': [*found, given], 'sha256': fingerprint(model.state_dict())}
     with one_line_errors():
         add_lora(model, **lora)
     return {'lora': lora, 'base': base}

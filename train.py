@@ -93,8 +93,6 @@ from optim import frozen_at, load_optimizer, start_adapter, train_only, unfreezi
 require(config, 1, 'gradient_accumulation_steps', 'batch_size', 'block_size', 'eval_interval', 'log_interval')
 require(config, 0, 'max_iters', 'eval_iters', 'warmup_iters', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip',
         'vocab_size', 'save_interval', 'lora_rank')
-if lora_rank and unfreeze:
-    fail("--lora_rank freezes all the weights there were, --unfreeze names those to train; choose one")
 if parallel not in ('ddp', 'fsdp'):
     fail(f"--parallel={parallel} is neither ddp nor fsdp")
 if decay_lr and warmup_iters >= lr_decay_iters:
@@ -177,10 +175,12 @@ else:
     with one_line_errors():
         model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias))
 if lora_rank and not resumed:
-    start |= start_adapter(model, init_from if start else '', config)
+    start |= start_adapter(model, start, config)
 if block_size < model.config.block_size:
     model.crop_block_size(block_size)
 adapter = {key: start[key] for key in ('lora', 'base') if key in start}   # {} where all weights are trained
+if adapter and unfreeze:
+    fail("LoRA freezes all the weights there were, --unfreeze names those to train; choose one")
 block_size = model.config.block_size
 check_fits(splits, model.config.vocab_size, block_size)
 if parallel == 'fsdp' and world_size > 1:
@@ -199,6 +199,8 @@ with one_line_errors():
     stages = unfreezing(unfreeze, model.config.n_layer)
     optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, eps=adam_eps)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)   # small gradients would be 0 in float16
+if stages:
+    print0(f"iter {iter_num}: training {train_only(model, frozen_at(stages, iter_num))}")
 if resumed:
     load_optimizer(optimizer, start.get('optimizer', {}))
     scaler.load_state_dict(start.get('scaler') or scaler.state_dict())
@@ -278,6 +280,8 @@ if compile:
     optimizer.zero_grad(set_to_none=True)
 eval_model = model   # without DDP's, which evaluation does not need
 if parallel == 'ddp' and world_size > 1:
+    if stages:
+        train_only(raw_model, 0)                # DDP looks once for what will ever be trained
     model = DistributedDataParallel(model, gradient_as_bucket_view=True, find_unused_parameters=bool(unfreeze))
 
 

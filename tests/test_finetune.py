@@ -12,7 +12,7 @@ from transformers import GPT2LMHeadModel
 from checkpoint import build_model, load, weights_of
 from dataset import BPETokenizer, CharTokenizer, write_dataset
 from model import GPT, GPTConfig, LoRALinear, add_lora, empty_model, fingerprint, lora_weights, merge_lora
-from optim import frozen_at, unfreezing
+from optim import frozen_at, train_only, unfreezing
 
 LORA = ['--init_from=ckpt:base', '--lora_rank=2', '--lora_alpha=8', '--out_dir=out']
 
@@ -85,7 +85,9 @@ def test_dropout_is_in_the_low_rank_part_only():
     assert not torch.equal(model(idx, idx)[0], model(idx, idx)[0])
 
 
-@pytest.mark.parametrize('options', [(0, 8, 0.0, 'c_attn'), (4, 8, 1.0, 'c_attn'), (4, 8, 0.0, 'wte'), (4, 8, 0.0, '')])
+@pytest.mark.parametrize('options', [
+    (0, 8, 0.0, 'c_attn'), (4, 8, 1.0, 'c_attn'), (4, 8, 0.0, 'wte'), (4, 8, 0.0, ''), (17, 8, 0.0, 'c_attn'),
+    (4, 0.0, 0.0, 'c_attn'), (4, -8, 0.0, 'c_attn'), (4, 8, 0.0, 'c_attn,c_attn')])
 def test_impossible_adapters(options):
     with pytest.raises(ValueError, match=f'lora_rank={options[0]} must be.*lora_targets={options[3]} '):
         add_lora(tiny_model(), *options)
@@ -100,7 +102,8 @@ def test_an_adapter_trains_alone_and_its_checkpoint_holds_it_alone(base, script,
     for checkpoint in (trained, best):
         assert checkpoint['model'].keys() == lora_weights(state['raw_model']).keys()
         assert checkpoint['lora'] == dict(rank=2, alpha=8.0, dropout=0.0, targets='c_attn')
-        assert checkpoint['base'] == {'init_from': 'ckpt:base', 'sha256': frozen}
+        where = 'ckpt:' + os.path.abspath('base/ckpt_best.pt')
+        assert checkpoint['base'] == {'sources': [where, 'ckpt:base'], 'sha256': frozen}
     assert len(trained['optimizer']['state']) == len(trained['model']) and 'optimizer' not in best
     assert all(tensor.any() for tensor in trained['model'].values())
     weights = state['raw_model'].state_dict()
@@ -164,7 +167,7 @@ def test_another_base_is_refused(base, script, fails):
     assert "no checkpoint in 'base'" in fails('sample.py', '--device=cpu')[1]
     script('train.py', *TINY, '--seed=3', '--out_dir=base', '--bias=True')
     for name in (('sample.py', '--device=cpu'), ('train.py', *TINY, '--init_from=resume'), ('export.py', '--path=x')):
-        assert 'this adapter belongs to other weights than ckpt:base holds now' in fails(*name)[1]
+        assert 'this adapter belongs to other weights than ckpt:/' in fails(*name)[1]
     shutil.rmtree('base')
     shutil.move('there', 'base')
     script('sample.py', '--device=cpu', '--num_samples=1', '--max_new_tokens=2')
@@ -172,8 +175,9 @@ def test_another_base_is_refused(base, script, fails):
 
 @pytest.mark.parametrize('change', [
     {'lora': dict(rank=3, alpha=8.0, dropout=0.0, targets='c_attn')}, {'lora': {'rank': 2}}, {'base': {}},
-    {'lora': dict(rank=2, alpha=8.0, dropout=0.0, targets='c_fc')}, {'lora': 'x'},
-    {'base': {'init_from': 'ckpt:base'}}])
+    {'lora': dict(rank=2, alpha=8.0, dropout=0.0, targets='c_fc')}, {'lora': 'x'}, {'base': {'sources': ['ckpt:base']}},
+    {'base': {'sources': 5}}, {'base': {'sources': [None]}},
+    {'lora': dict(rank=2, alpha=8.0, dropout=0.0, targets=None)}])
 def test_a_damaged_adapter_is_refused(base, script, fails, change):
     script('train.py', *TINY, *LORA, '--max_iters=2')
     torch.save({**load('out/ckpt.pt'), **change}, 'out/ckpt.pt')
@@ -195,6 +199,54 @@ def test_sampling_and_going_on_from_an_adapter(base, script, capsys):
     assert texts[0] == texts[1] == texts[2]
     state = script('train.py', *TINY, '--init_from=ckpt:out', '--out_dir=more', '--max_iters=0')
     assert torch.allclose(state['raw_model'].eval()(idx, idx)[0], expected, atol=1e-5)
+
+
+def test_an_adapter_is_found_from_elsewhere_and_its_base_too(base, script, monkeypatch):
+    script('train.py', *TINY, *LORA, '--max_iters=2')
+    os.mkdir('elsewhere')
+    monkeypatch.chdir('elsewhere')
+    script('sample.py', '--out_dir=../out', '--device=cpu', '--num_samples=1', '--max_new_tokens=2')
+    shutil.move('../base', 'base')   # and where it was, seen from here
+    script('sample.py', '--out_dir=../out', '--device=cpu', '--num_samples=1', '--max_new_tokens=2')
+
+
+def test_an_adapter_does_not_take_the_place_of_its_base(base, fails):
+    before = sorted(os.listdir('base'))
+    for start in ('base', 'base/ckpt.pt'):
+        options = [*TINY, f'--init_from=ckpt:{start}', '--lora_rank=2', '--out_dir=./base']
+        assert 'holds the weights that the adapter is for' in fails('train.py', *options)[1]
+    assert sorted(os.listdir('base')) == before
+
+
+def test_no_stages_for_an_adapter_that_is_resumed(base, script, fails):
+    script('train.py', *TINY, *LORA, '--max_iters=2')
+    assert 'choose one' in fails('train.py', *TINY, '--init_from=resume', '--unfreeze=head')[1]
+
+
+def test_dropout_reaches_the_model_of_an_adapter(base, script):
+    script('train.py', *TINY, *LORA, '--max_iters=2')
+    model = build_model(load('out/ckpt.pt'), dropout=0.3)
+    assert model.config.dropout == model.transformer.drop.p == model.transformer.h[0].mlp.dropout.p == 0.3
+
+
+def test_dropout_is_that_of_the_input(monkeypatch):
+    layer = LoRALinear(torch.nn.Linear(6, 3), 2, 4, 0.5)
+    torch.nn.init.normal_(layer.lora_B)
+    x = torch.randn(5, 6)
+    torch.manual_seed(1)
+    expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    expected = expected + 2 * torch.nn.functional.dropout(x, 0.5) @ layer.lora_A.T @ layer.lora_B.T
+    torch.manual_seed(1)
+    assert torch.allclose(layer(x), expected, atol=1e-6)
+
+
+def test_a_fingerprint_is_of_every_number_name_and_shape():
+    weights = {'a': torch.arange(6.0), 'b': torch.ones(2, 3)}
+    changed = [{**weights, 'a': torch.tensor([0.0, 1, 2, 3, 4, 5.000001])}, {**weights, 'b': torch.ones(3, 2)},
+               {'a': weights['a'], 'c': weights['b']}, {'a': weights['a']}, {**weights, 'a': weights['a'].half()},
+               {**weights, 'b': torch.tensor([[1.0, 1, 1], [1, 1, -1]])}]
+    assert len({fingerprint(each) for each in (weights, *changed)}) == 7
+    assert fingerprint(dict(reversed(weights.items()))) == fingerprint(weights)
 
 
 def test_lora_wants_weights(tiny, fails):
@@ -288,14 +340,14 @@ def test_an_untied_head_leaves_the_embedding_alone(here, script):
     assert changed == {name for name in after if name.startswith(('lm_head', 'transformer.ln_f', 'transformer.h.2.'))}
 
 
-def test_the_head_learns_as_the_head_alone(base, script):
+@pytest.mark.parametrize('frozen', [1, 2, 3, 4])
+def test_the_head_learns_as_the_head_alone(frozen):
     """ the gradient of a tied head is that of an untied one, although the matrix is the embedding too """
-    state = script('train.py', *TINY, '--init_from=ckpt:base', '--unfreeze=head', '--max_iters=0', '--out_dir=out')
-    state['train_only'](model := state['raw_model'], model.config.n_layer + 1)
-    untied = GPT(GPTConfig(**{**model.config.model_args(), 'tie': False}))
+    model, untied = tiny_model(), tiny_model(tie=False)
     untied.load_state_dict(model.state_dict())
     idx = torch.randint(9, (2, 8))
     for each in (model, untied):
+        train_only(each, frozen)
         each(idx, idx)[1].backward()
     assert torch.equal(model.lm_head.weight.grad, untied.lm_head.weight.grad)
 
@@ -373,6 +425,13 @@ def test_the_range_test_with_an_adapter_and_with_a_stage(learnable, script):
         state = script('lr_find.py', *TINY, *options, '--num_steps=30', '--first_lr=1e-4')
         names = {name for name, p in state['model'].named_parameters() if p.requires_grad}
         assert 'transformer.wpe.weight' not in names and len(names) < 6
+
+
+def test_the_range_test_of_a_resumed_run_has_its_stage(learnable, script):
+    script('train.py', *TINY, '--init_from=ckpt:base', '--unfreeze=head:2,all', '--max_iters=3')
+    state = script('lr_find.py', *TINY, '--init_from=resume', '--unfreeze=head:2,all', '--num_steps=30',
+                   '--first_lr=1e-4')
+    assert all(p.requires_grad for p in state['model'].parameters())
 
 
 @pytest.mark.parametrize('option, words', [
@@ -486,10 +545,19 @@ def test_wrong_exports(here, fails, options, words):
     assert words in fails('export.py', *options)[1] and not os.path.exists('x')
 
 
+def test_a_checkpoint_with_few_fields_for_nanogpt(here, script):
+    trained_gpt2('out')
+    state = load('out/ckpt.pt')
+    del state['model_args']['dropout']
+    torch.save(state, 'out/ckpt.pt')
+    script('export.py', '--to=nanogpt', '--path=plain.pt')
+    assert load('plain.pt')['model_args']['dropout'] == 0.0
+
+
 def test_a_full_disk_leaves_no_folder(here, fails, monkeypatch):
     def full(*arguments):
         raise OSError(28, 'No space left on device')
     trained_gpt2('out')
     monkeypatch.setattr('safetensors.torch.save_file', full)
     assert 'x was not written ([Errno 28] No space left on device)' in fails('export.py', '--path=x')[1]
-    assert not os.path.exists('x') and not os.path.exists('x.tmp')
+    assert sorted(os.listdir()) == ['out']

@@ -93,6 +93,24 @@ def test_what_this_model_does_not_have_is_refused_by_name(here, keys):
         GPT.from_pretrained('folder')
 
 
+@pytest.mark.parametrize('key, value', [
+    ('n_embd', '768'), ('n_embd', None), ('n_layer', [2]), ('n_head', 2.0), ('activation_function', ['gelu']),
+    ('layer_norm_epsilon', '1e-5'), ('layer_norm_epsilon', -1), ('layer_norm_epsilon', float('nan')),
+    ('tie_word_embeddings', 'no'), ('tie_word_embeddings', None), ('n_positions', 0)])
+def test_wrong_types_are_refused_in_one_line(here, fails, key, value):
+    reference(**SHAPES[0]).save_pretrained('folder')
+    change(**{key: value})
+    fails('sample.py', '--init_from=folder', '--device=cpu')
+
+
+def test_whole_numbers_are_no_weights(here, fails):
+    theirs = reference(**SHAPES[0])
+    theirs.save_pretrained('folder')
+    os.remove('folder/model.safetensors')
+    torch.save({name: tensor.int() for name, tensor in theirs.state_dict().items()}, 'folder/pytorch_model.bin')
+    assert 'torch.int32' in fails('sample.py', '--init_from=folder', '--device=cpu')[1]
+
+
 def damage(kind):
     if kind == 'no config':
         os.remove('folder/config.json')
