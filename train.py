@@ -77,7 +77,6 @@ config = configure(globals())
 
 import numpy as np
 import torch
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import trange
 
@@ -184,6 +183,7 @@ if adapter and unfreeze:
 block_size = model.config.block_size
 check_fits(splits, model.config.vocab_size, block_size)
 if parallel == 'fsdp' and world_size > 1:
+    from torch.distributed.fsdp import fully_shard
     mesh = torch.distributed.init_device_mesh(device_type, (world_size,))
     for part in (*model.transformer.h, model):  # a block's weights are whole only while it computes
         fully_shard(part, mesh=mesh)
