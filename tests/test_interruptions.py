@@ -96,7 +96,9 @@ def test_an_evaluation_is_left_at_a_signal(tiny, processes, script):
 
 @pytest.mark.parametrize('world_size', [1, 2])
 def test_a_second_signal_stops_at_once(tiny, processes, world_size):
-    started = processes(world_size, 'train.py', *LONG, patch=SLOW.replace('DELAY', '30 * (stream == "train")'))
+    before = 2 * (world_size - 1)   # batches before the loop, which settle the order of DDP's sums
+    delay = f'30 * (stream == "train" and len(calls.append(1) or calls) > {before})'
+    started = processes(world_size, 'train.py', *LONG, patch='calls = []' + SLOW.replace('DELAY', delay))
     started.wait_for('step 0:')
     started.kill(signal.SIGTERM)
     started.wait_for('SIGTERM: finishing this step, then saving')

@@ -137,6 +137,11 @@ def damage(kind):
         shutil.rmtree('folder')
         reference(**SHAPES[0]).save_pretrained('folder', max_shard_size='40KB')
         os.remove(next(f'folder/{name}' for name in sorted(os.listdir('folder')) if name.startswith('model-')))
+    elif kind == 'shard elsewhere':
+        os.rename('folder/model.safetensors', 'model.safetensors')
+        open('folder/model.safetensors.index.json', 'w').write('{"weight_map": {"x": "../model.safetensors"}}')
+    elif kind == 'bad tokenizer':
+        open('folder/nanogpt_tokenizer.json', 'w').write('{"name": "char", "chars": [1]}')
     elif kind == 'bad index':
         os.rename('folder/model.safetensors', 'folder/x')
         open('folder/model.safetensors.index.json', 'w').write('nothing')
@@ -147,12 +152,14 @@ def damage(kind):
     ('list for config', 'is damaged'),
     ('half a file', 'is damaged'), ('no file', 'is damaged'), ('other sizes', 'h.2.ln_1.weight'),
     ('heads', 'n_embd=32 must be a multiple'), ('code', 'is damaged'), ('classifier', 'score.weight'),
-    ('missing shard', 'lacks a file'), ('bad index', 'is damaged')])
+    ('missing shard', 'lacks a file'), ('shard elsewhere', 'lacks a file'),
+    ('bad tokenizer', "no tokenizer 'char'"), ('bad index', 'is damaged')])
 def test_damaged_folders_are_refused_in_one_line(here, fails, kind, words):
     reference(**SHAPES[0]).save_pretrained('folder')
     damage(kind)
-    with pytest.raises(ValueError, match=words):
-        GPT.from_pretrained('folder')
+    if kind != 'bad tokenizer':
+        with pytest.raises(ValueError, match=words):
+            GPT.from_pretrained('folder')
     assert words in fails('sample.py', '--init_from=folder', '--device=cpu')[1]
 
 
