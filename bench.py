@@ -88,11 +88,7 @@ def forward_backward(run, i):
 
 
 def iteration(run, i, averaging=True):
-    loss = 0.0
-    for m in range(run.micro_steps):
-        run.synchronize_gradients(averaging and m == run.micro_steps - 1)
-        loss += run.forward_backward(run.model, i, m)
-    run.update(run.raw_model, run.optimizer, run.scaler, loss, run.grad_clip)
+    run.update(run.raw_model, run.optimizer, run.scaler, run.add_gradients(i, averaging), run.grad_clip)
 
 
 def timed(work, *runs):
@@ -248,3 +244,6 @@ if compare and (mode != 'train' or int(os.environ.get('WORLD_SIZE', 1)) > 1):
 with tempfile.TemporaryDirectory() as random_folder, one_line_errors():
     bench = bench_generation if mode == 'generate' else bench_variants if compare else bench_training
     print0(json.dumps(bench()))
+if torch.distributed.is_initialized():   # its threads must end before Python does
+    gather(0)
+    torch.distributed.destroy_process_group()

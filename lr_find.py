@@ -28,7 +28,7 @@ import torch
 from tqdm import trange
 
 from common import atomic_write, fail, gather, one_line_errors, print0
-from optim import frozen_at, train_only, update
+from optim import update
 
 # ---- functions
 
@@ -57,19 +57,14 @@ num_steps, first_lr, last_lr, smoothing, explosion = (train[key] for key in conf
 if not (num_steps >= 10 and 0 < first_lr < last_lr and 0 <= smoothing < 1 and explosion > 1):
     fail(f"--num_steps={num_steps} must be at least 10, --first_lr={first_lr} above 0 and below --last_lr={last_lr}, "
          f"--smoothing={smoothing} 0 or more and below 1, --explosion={explosion} above 1")
-model, optimizer, scaler, micro_steps = (train[key] for key in ('raw_model', 'optimizer', 'scaler', 'micro_steps'))
-if train['stages']:
-    train_only(model, frozen_at(train['stages'], train['iter_num']))
+model, optimizer, scaler = (train[key] for key in ('raw_model', 'optimizer', 'scaler'))
 rates, losses, smooth, average = [], [], [], 0.0
 bar = trange(num_steps, disable=train['rank'] > 0 or None, leave=False)
 for step in bar:
     lr = first_lr * (last_lr / first_lr) ** (step / (num_steps - 1))
     for group in optimizer.param_groups:
         group['lr'] = lr
-    loss = 0.0
-    for m in range(micro_steps):
-        train['synchronize_gradients'](m == micro_steps - 1)
-        loss += train['forward_backward'](train['model'], step, m)
+    loss = train['add_gradients'](step)
     update(model, optimizer, scaler, loss, train['grad_clip'])
     loss, stopped = (max(each) if i else sum(each) / len(each) for i, each in
                      enumerate(gather(loss.item(), train['received'])))

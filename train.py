@@ -285,17 +285,24 @@ if parallel == 'ddp' and world_size > 1:
     model = DistributedDataParallel(model, gradient_as_bucket_view=True, find_unused_parameters=bool(unfreeze))
 
 
-def synchronize_gradients(on):
-    """ whether the next backward averages the gradients over the processes; only an iteration's last one has to """
-    if isinstance(model, DistributedDataParallel):
-        model.require_backward_grad_sync = on
-    elif world_size > 1:
-        raw_model.set_requires_gradient_sync(on)
+def add_gradients(iter_num, averaging=True):
+    """ those of an iteration's micro-steps, averaged over the processes; returns this process's loss, on the device """
+    loss = 0.0
+    for m in range(micro_steps):
+        last = averaging and m == micro_steps - 1   # only its backward has to average
+        if isinstance(model, DistributedDataParallel):
+            model.require_backward_grad_sync = last
+        elif world_size > 1:
+            raw_model.set_requires_gradient_sync(last)
+        loss += forward_backward(model, iter_num, m)
+    return loss
 
 
 for _ in range(2 * isinstance(model, DistributedDataParallel)):
     forward_backward(model, 0, 0)   # settles the order in which gradients are added, for a resumed run the same one
 optimizer.zero_grad(set_to_none=True)
+if stages:
+    train_only(raw_model, frozen_at(stages, iter_num))
 
 # ---- loop
 commit, here = '', os.path.dirname(__file__) or '.'
@@ -352,10 +359,7 @@ while True:
     lr = get_lr(iter_num)
     for group in optimizer.param_groups:
         group['lr'] = lr
-    loss = 0.0
-    for m in range(micro_steps):
-        synchronize_gradients(m == micro_steps - 1)
-        loss += forward_backward(model, iter_num, m)
+    loss = add_gradients(iter_num)
     norm, bad = update(raw_model, optimizer, scaler, loss, grad_clip)
     bad_steps, skipped = (bad_steps + 1) * bad, skipped + bad   # on the device, which need not be waited for
     # what all processes have to agree on
@@ -411,7 +415,5 @@ if world_size > 1:
     gather(0)                                   # leave together: torchrun stops the others when one has gone
     del model, eval_model, raw_model, optimizer   # they hold the process group, whose threads must end first
     torch.distributed.destroy_process_group()
-if bad_steps >= most_bad_steps:
-    sys.exit(3)
-if stopped:
-    sys.exit(128 + stopped)
+if stopped or bad_steps >= most_bad_steps:
+    sys.exit(3 if bad_steps >= most_bad_steps else 128 + stopped)
