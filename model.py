@@ -138,7 +138,7 @@ class KVCache:
 
 
 FUSED = ('cuda', 'cpu')   # devices that have one kernel for AdamW's whole update
-CHUNK = 2**24   # logits at once where only the loss is wanted: 64 MB in float32; a GPU wants larger products
+CHUNK = 2**25   # logits at once where only the loss is wanted: 64 MB in float32; a GPU wants larger products
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -146,20 +146,24 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        rows = max(1, CHUNK * (8 if x.is_cuda else 1) // len(weight))
+        most = max(1, CHUNK * (8 if x.is_cuda else 1) // len(weight))
+        rows = -(-len(x) // -(-len(x) // most))                     # equal shares
         dtype = F.linear(x[:1], weight).dtype                       # autocast's
         W, counts = weight.to(dtype), targets != -1
         total, number = torch.zeros((), device=x.device), counts.sum().clamp(min=1)
         dx, dW = (torch.zeros_like(each) if wanted else None
                   for each, wanted in zip((x, weight), ctx.needs_input_grad, strict=False))
+        buffer = x.new_empty(rows, len(weight), dtype=dtype)        # fresh memory for each part would cost more time
         for begin in range(0, len(x), rows):
             part = slice(begin, begin + rows)
             inputs, target = x[part].to(dtype), targets[part, None].clamp(min=0)
-            logits = (inputs @ W.t()).float()                       # (rows, V)
-            log_sum, correct = logits.logsumexp(-1, keepdim=True), logits.gather(1, target)
-            total += ((log_sum - correct)[:, 0] * counts[part]).sum()
-            grad = logits.sub_(log_sum).exp_().scatter_add_(1, target, -torch.ones_like(correct))   # softmax - one-hot
-            grad = grad.mul_(counts[part, None]).to(dtype)          # not yet divided: small numbers are 0 in float16
+            logits = torch.mm(inputs, W.t(), out=buffer[:len(inputs)]).float()   # (rows, V)
+            correct, highest = logits.gather(1, target), logits.amax(-1, keepdim=True)
+            sums = logits.sub_(highest).exp_().sum(-1, keepdim=True)
+            total += ((sums.log() + highest - correct)[:, 0] * counts[part]).sum()
+            # softmax - one-hot; not yet divided by the number: small numbers are 0 in float16
+            wanted = counts[part, None].float()
+            grad = logits.mul_(wanted / sums).scatter_add_(1, target, -wanted).to(dtype)
             if dx is not None:
                 dx[part] = grad @ W
             if dW is not None:

@@ -118,8 +118,7 @@ device_type = torch.device(device).type
 dtype = common.resolve_dtype(dtype, device_type)
 context = common.autocast(device_type, dtype)
 peak = common.peak_flops(device_name(device), dtype)   # FLOP/s or None
-if device_type == 'cuda':
-    torch.set_float32_matmul_precision('high')  # TF32 for what is left in float32
+common.choose_products(device_type, block_size)
 torch.manual_seed(seed % 2**63)                 # any int will do
 generators = torch.default_generator if device_type == 'cpu' else torch.get_device_module(device_type)
 reseed = generators.manual_seed                 # dropout's alone: torch.manual_seed visits every device, 90 us

@@ -32,6 +32,7 @@ def _clean_process(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
+    torch.backends.mkldnn.matmul.fp32_precision = 'none'   # choose_products sets it for the process
     for number, handler in handlers.items():
         signal.signal(number, handler)
 

@@ -1,5 +1,7 @@
 """ common.py: devices, dtypes, peak FLOPS, atomic files, random state, compilation. """
 import contextlib
+import io
+import itertools
 import os
 import stat
 import subprocess
@@ -9,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import common
 from common import (
     atomic_write,
     duration,
@@ -51,6 +54,26 @@ def test_dtype_auto(monkeypatch, device, native_bf16, expected):
     assert resolve_dtype('float16', device) is torch.float16
     with pytest.raises(SystemExit, match='--dtype=fp16 is none of auto, float32, bfloat16, float16'):
         resolve_dtype('fp16', device)
+
+
+@pytest.mark.parametrize('cpu, block_size, expected', [
+    ('vendor_id : AuthenticAMD  flags : avx2 avx512f', 128, 'bf16'),
+    ('vendor_id : AuthenticAMD  flags : avx2 avx512f', 127, 'none'),
+    ('vendor_id : AuthenticAMD  flags : avx2', 128, 'none'),
+    ('vendor_id : AuthenticAMD  flags : avx512f amx_bf16', 128, 'none'),   # this one would compute in bfloat16
+    ('vendor_id : GenuineIntel  flags : avx512f', 128, 'none')])
+def test_which_products(monkeypatch, cpu, block_size, expected):
+    monkeypatch.setattr('builtins.open', lambda path: io.StringIO(cpu))
+    common.choose_products('cpu', block_size)
+    assert torch.backends.mkldnn.matmul.fp32_precision == expected
+
+
+def test_products_stay_float32():
+    """ whatever this CPU is: (1 + 2**-12)**2 is 1 in bfloat16 and in TF32, and 1 + 2**-11 + 2**-24 in float32 """
+    common.choose_products('cpu', 1024)
+    for rows, inner, columns in itertools.product((1, 12, 256, 1024), (64, 768), (65, 2048)):
+        one, two = torch.full((rows, inner), 1 + 2**-12), torch.full((inner, columns), 1 + 2**-12)
+        assert ((one @ two / inner - 1) / (2**-11 + 2**-24) - 1).abs().max() < 1e-2
 
 
 @pytest.mark.parametrize('name, bf16, fp16', [

@@ -18,7 +18,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from conftest import ROOT
+from torch.profiler import profile
 
+import common
 from checkpoint import Saver, save
 from dataset import BPETokenizer, Split
 from engine import Sampling, generate, prepare
@@ -133,6 +135,77 @@ def test_an_iteration_against_plain_pytorch(here, script, monkeypatch):
            '--max_iters=750',
            '--eval_iters=1', '--log_interval=1')
     assert report(ours, theirs) <= 1.05
+
+
+def test_products_of_gpt2_against_the_peak(here):
+    """ of 4 x 256 tokens, forward and backward, in float32; and the same iteration with PyTorch's own choice """
+    torch.set_num_threads(os.cpu_count())
+    model, rows = GPT(GPTConfig(block_size=256, bias=False)), torch.randint(50257, (4, 257))
+    optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), 'cpu')
+    one, shares, speeds, times = torch.randn(2048, 2048), [], [], {'ours': [], 'plain': []}
+
+    def iteration(_):
+        model(rows[:, :-1], rows[:, 1:], loss_only=True)[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for i in range(8):
+        torch.backends.mkldnn.matmul.fp32_precision = 'none'
+        times['plain'].append(median_time(iteration, 1))
+        common.choose_products('cpu', 256)
+        times['ours'].append(median_time(iteration, 1))
+        peak = 2 * 2048**3 / min(median_time(lambda _: one @ one, 1) for _ in range(10))
+        with profile(with_flops=True) as profiler:
+            iteration(i)
+        product, = (each for each in profiler.key_averages() if each.key == 'aten::mm')
+        speeds.append(product.flops / product.self_cpu_time_total * 1e6)
+        shares.append(speeds[-1] / peak)
+    ours, plain = (statistics.median(times[key][1:]) for key in ('ours', 'plain'))
+    print(f"\nproducts {statistics.median(speeds[1:]) / 1e9:.0f} GFLOP/s, {statistics.median(shares[1:]):.1%} of the "
+          f"peak ({min(shares[1:]):.1%} to {max(shares[1:]):.1%}); an iteration {ours:.2f} s ({min(times['ours']):.2f} "
+          f"to {max(times['ours']):.2f}), with PyTorch's choice {plain:.2f} s, {ours / plain:.2f} of it")
+    assert statistics.median(shares[1:]) >= 0.85
+
+
+def test_evaluation_and_logging_in_a_whole_run(here, script, monkeypatch):
+    """ what they take of train_shakespeare_char_cpu, without the bare forward passes of the same evaluations
+
+    Those take turns with them: as many as an evaluation makes, after each, out of its time.
+    """
+    torch.set_num_threads(os.cpu_count())
+    log, mode, begin, print0 = Logger.log, GPT.train, [0.0], common.print0
+    spent, bare = {'evaluating': 0.0, 'logging': 0.0, 'printing': 0.0}, 0.0
+    rows = torch.randint(V, (B, T + 1))
+
+    def timed(key, function):
+        def run(*arguments):
+            start = time.perf_counter()
+            function(*arguments)
+            spent[key] += time.perf_counter() - start
+        return run
+
+    def train(self, training=True):
+        nonlocal bare
+        if not training:
+            begin[0] = time.perf_counter()
+        elif begin[0]:
+            spent['evaluating'] += time.perf_counter() - begin[0]
+            begin[0] = time.perf_counter()
+            with torch.no_grad():
+                for _ in range(2 * 20):
+                    self(rows[:, :-1], rows[:, 1:], loss_only=True)
+            bare += time.perf_counter() - begin[0]
+            begin[0] = 0.0
+        return mode(self, training)
+    monkeypatch.setattr(GPT, 'train', train)
+    monkeypatch.setattr(Logger, 'log', timed('logging', log))
+    monkeypatch.setattr(common, 'print0', timed('printing', print0))
+    start = time.perf_counter()
+    script('train.py', os.path.join(ROOT, 'config', 'train_shakespeare_char_cpu.py'))
+    total = time.perf_counter() - start - bare
+    beyond = (sum(spent.values()) - bare) / total
+    print(f"\n{total:.1f} s, of which " + ', '.join(f'{key} {each:.2f}' for key, each in spent.items())
+          + f" s; {bare:.2f} s are the evaluations' FLOPs; {beyond:.2%} beyond them")
+    assert beyond <= 0.02
 
 
 def test_a_save_in_the_background_against_torch_save(here):
