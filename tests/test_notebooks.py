@@ -1,4 +1,4 @@
-""" The notebooks: executed from a clean kernel, committed as they come out of it, and the grid that one of them reads. """
+""" The notebooks: executed from a clean kernel, committed as they come out of it, and the grid that one reads. """
 import base64
 import csv
 import glob

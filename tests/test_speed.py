@@ -479,3 +479,41 @@ def test_200000_documents_against_arrow(here, monkeypatch):
     print(f"\n{sum(map(len, texts)) / 1e6:.0f} MB: ours {ours:.1f} s, through Arrow {theirs:.1f} s, "
           f"{theirs / ours:.2f} times as long")
     assert theirs / ours >= 1.5   # the tokenizer alone takes four fifths of our time
+
+
+# ---- evaluation
+
+def test_choices_against_one_at_a_time(here, script):
+    """ HellaSwag's format, GPT-2 (124M), random weights: batches with shared contexts, and each choice with its own """
+    torch.set_num_threads(os.cpu_count())
+    model = GPT(GPTConfig())
+    save('out/ckpt.pt', {'model': model.state_dict(), 'model_args': model.config.model_args(), 'config': {},
+                         'tokenizer': {'name': 'gpt2'}})
+    run = script('eval_downstream.py', '--tasks=hellaswag', '--limit=1', '--dtype=float32', '--device=cpu')
+    ours, items = run['load']('resume'), run['read_items']('hellaswag')[0]
+    pairs = [(item['context'], choice) for item in items for choice in item['choices']]
+
+    def one_at_a_time(which):
+        found = []
+        for pair in pairs:
+            context, continuation = run['encode_pair'](ours, *pair)
+            ids = torch.tensor([context + continuation])
+            with torch.no_grad():
+                logs = which(ids[:, :-1], ids[:, 1:])[0][0, -len(continuation):, :50257].log_softmax(-1)
+            found.append(logs.gather(1, ids[0, -len(continuation):, None]).sum().item())
+        return found
+    times = {'ours': [], 'one at a time': [], 'one at a time, weights as laid out for ours': []}
+    for _ in range(5):
+        for (key, seconds), score in zip(times.items(), (
+                lambda: [log for log, _ in run['loglikelihoods'](ours, pairs)], lambda: one_at_a_time(model),
+                lambda: one_at_a_time(ours.model)), strict=True):
+            start = time.perf_counter()
+            found = score()
+            seconds.append(time.perf_counter() - start)
+            first = found if key == 'ours' else first   # noqa
+            assert found == pytest.approx(first, abs=1e-3)
+    medians = [statistics.median(each) for each in times.values()]
+    print(f"\n{len(pairs)} choices: " + ', '.join(
+        f"{key} {median:.2f} s ({min(each):.2f} to {max(each):.2f}, {median / medians[0]:.2f} times)"
+        for (key, each), median in zip(times.items(), medians, strict=True)))
+    assert medians[1] / medians[0] >= 3
