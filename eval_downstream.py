@@ -61,7 +61,7 @@ from engine import Sampling, generate, prepare
 from model import fingerprint, read_json
 
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', 'eval'))
-from tasks import as_text, kind_of, line_of, read_items, score_text, summary
+from tasks import as_text, kind_of, line_of, read_items, read_text, score_text, summary
 
 LOGITS = 2**26   # at once, 256 MB in float32
 
@@ -159,13 +159,12 @@ def read_tokens(run):
     if not data:
         fail("--tasks=perplexity wants --data=, a dataset below data/ or a text file")
     if os.path.isfile(data):
-        with open(data, encoding='utf-8') as file:
-            text = file.read()
+        text = read_text(data)
         return run.tokenizer.encode(text).astype(np.int64), len(text.encode()), sha256_of(data)
     meta, splits = open_dataset(data)
     if meta['tokenizer'] != run.tokenizer.spec or split not in splits:
-        fail(f"{data} has splits {', '.join(splits)} in the tokens of {meta['tokenizer']['name']}; {run.name} was "
-             f"trained on those of {run.tokenizer.name}" + ", with other characters" * (run.tokenizer.name == 'char'))
+        fail(f"{data} has {' and '.join(splits)} in the tokens of {meta['tokenizer']['name']}, not {split} in those of "
+             f"{run.tokenizer.name} that {run.name} was trained on" + ", other characters" * (run.V < 256))
     ids = splits[split].array().astype(np.int64)
     return ids, len(run.tokenizer.decode(ids.tolist()).encode()), meta['sha256'].get(split, '')
 
@@ -177,8 +176,7 @@ def score_windows(run, windows, which):
     for begin in range(0, len(which), at_once):
         part = [windows[i] for i in which[begin:begin + at_once]]
         ids = pad_sequence([torch.from_numpy(window) for window, _ in part], batch_first=True).to(device)
-        x, y = ids[:, :-1], ids[:, 1:]
-        logs = log_probabilities(run.model(x, y)[0], y, run.V).double()
+        logs = log_probabilities(run.model(ids[:, :-1], ids[:, 1:])[0], ids[:, 1:], run.V).double()
         rows += [{'nll': -each[:len(window) - 1][-number:].sum().item(), 'tokens': number}
                  for each, (window, number) in zip(logs, part, strict=True)]
     return rows
@@ -314,17 +312,21 @@ common.require(config, 1, 'batch_size', 'max_new_tokens')
 device = common.resolve_device(device)
 numbers = common.resolve_dtype(dtype, torch.device(device).type)
 path, names = os.path.join(out_dir, 'eval.json'), [name.strip() for name in tasks.split(',') if name.strip()]
+if not names:
+    fail("--tasks= names none")
 with one_line_errors():
     rank, world_size = common.start_processes(device, 'nccl')
-    state = read_json(path) if os.path.exists(path) else {}
-state = {'command': shlex.join(sys.argv), 'versions': {'python': platform.python_version(), 'torch': torch.__version__},
-         'device': common.device_name(device), 'results': state.get('results', {})}
+    before = read_json(path) if os.path.exists(path) else {}
+    state = {'command': shlex.join(sys.argv), 'device': common.device_name(device),
+             'versions': {'python': platform.python_version(), 'torch': torch.__version__},
+             'results': before.get('results', {})}
+    save()   # better now than at the end, if that is not possible
 for each in {'SIGINT', 'SIGTERM', 'SIGHUP'} & {*dir(signal)}:   # what is done is written
     signal.signal(getattr(signal, each), lambda number, _: sys.exit(128 + number))
 
 # ---- evaluation
 columns, found = [], {name: [] for name in names}
-for source in [each.strip() for each in models.split(',')] if models else [init_from]:
+for source in [each.strip() for each in models.split(',') if each.strip()] or [init_from]:
     run = load(source)
     columns.append(run.name)
     for name in names:

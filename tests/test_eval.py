@@ -366,15 +366,24 @@ def test_damaged_rows_are_named(gpt2, fails, row, words):
     (['--tasks=nothing'], "no task 'nothing'; there are perplexity, sentiment"), (['--tasks=gone.jsonl'], "gone.jsonl"),
     (['--tasks=perplexity'], '--data='), (['--tasks=perplexity', '--data=empty.jsonl'], '0 tokens, perplexity needs 2'),
     (['--tasks=perplexity', '--data=gone'], "dataset 'gone'"),
-    (['--tasks=perplexity', '--data=tiny'], 'trained on those of gpt2'),
+    (['--tasks=perplexity', '--data=tiny'], 'not val in those of gpt2 that out was trained on'),
+    (['--tasks=perplexity', '--data=bytes.txt'], 'bytes.txt is not UTF-8 text'), (['--tasks='], '--tasks= names none'),
+    (['--out_dir=empty.jsonl/out', '--init_from=ckpt:out'], 'empty.jsonl'),
     (['--init_from=ckpt:gone'], "no checkpoint in 'gone'"), (['--models=out,gone'], 'gone'),
     (['--batch_size=0'], '--batch_size=0'),
     (['--stride=-1'], '--stride=-1'), (['--num_fewshots=1'], 'num_fewshot'), (['--tasks=empty.jsonl'], 'no rows'),
     (['--tasks=long.jsonl'], 'longer than block_size=128'), (['--tasks=lm_eval:nothing'], "no task 'nothing'")])
 def test_wrong_input(gpt2, tiny, fails, options, words):
     open('empty.jsonl', 'w').close()
+    open('bytes.txt', 'wb').write(b'caf\xe9')
     write_rows('long.jsonl', [{'context': 'a', 'choices': ['b ' * 200, 'c'], 'answer': 0}])
     assert words in fails('eval_downstream.py', *RUN, *options)[1]
+
+
+def test_a_damaged_result_file_stays(gpt2, fails):
+    open('out/eval.json', 'w').write('{"results"')
+    assert 'out/eval.json is damaged' in fails('eval_downstream.py', *RUN, '--tasks=arc')[1]
+    assert open('out/eval.json').read() == '{"results"'
 
 
 @pytest.mark.parametrize('name, option', [('lm_eval', '--tasks=lm_eval:piqa'), ('rouge_score', '--tasks=sql')])

@@ -102,6 +102,16 @@ def kind_of(item):
 
 # ---- texts
 
+def read_text(path: str) -> str:
+    """ of a file; ValueError if it is no UTF-8 """
+    with open(path, 'rb') as file:
+        content = file.read()
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
 def _need(name):
     """ an optional package, or one line on how to get it """
     try:
@@ -144,8 +154,7 @@ def score_text(text: str, item: dict, folder: str) -> dict:
            **{key: max(score[key].fmeasure for score in scores) for key in ('rouge1', 'rouge2', 'rougeL')},
            'repetition': 1 - len(set(grams)) / len(grams) if grams else 0.0}   # 4-grams that were there before
     if 'database' in item:
-        with open(os.path.join(folder, item['database']), encoding='utf-8') as file:
-            script = file.read()
+        script = read_text(os.path.join(folder, item['database']))
         row['execution'] = int(any(same_rows(text, reference, script) for reference in item['references']))
     return row
 
