@@ -128,6 +128,11 @@ def test_the_harness_runs_our_models(hf, gpt2, script, capsys):
     script('eval_downstream.py', *RUN, '--tasks=sentiment,lm_eval:mine/mood')
     found = results()
     assert found['lm_eval:mine/mood']['metrics']['acc'] == found['sentiment']['metrics']['accuracy']
+    for name in 'ab':   # two tasks under one tag
+        description = open('mine/mood.yaml').read().replace('task: mood', f'task: {name}\ntag: moods')
+        open(f'mine/{name}.yaml', 'w').write(description)
+    script('eval_downstream.py', *RUN, '--tasks=lm_eval:mine/moods', '--limit=4')
+    assert {'a acc', 'b acc', 'a acc_stderr'} <= results()['lm_eval:mine/moods']['metrics'].keys()
     theirs = lm_eval.simple_evaluate(model=hf, tasks=['mood'],
                                      task_manager=lm_eval.tasks.TaskManager(include_path='mine'))
     assert theirs['results']['mood']['acc,none'] == found['sentiment']['metrics']['accuracy']

@@ -50,4 +50,6 @@ def run_harness(task: str, *model, **options) -> dict:
                                         task_manager=lm_eval.tasks.TaskManager(include_path=folder or None))
     except KeyError:
         fail(f"lm_eval has no task '{name}'")
-    return {key.removesuffix(',none'): value for key, value in found['results'][name].items() if key != 'alias'}
+    several = len(found['results']) > 1   # a group of tasks
+    return {f'{each} {key}'.removeprefix('' if several else f'{each} ').removesuffix(',none'): value
+            for each, metrics in found['results'].items() for key, value in metrics.items() if isinstance(value, float)}
