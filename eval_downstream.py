@@ -11,7 +11,6 @@ references}, or lm_eval:NAME. Results go to out_dir/eval.json; a second call con
 """
 import hashlib
 import json
-import math
 import os
 import platform
 import random
@@ -56,12 +55,12 @@ from tqdm import tqdm
 import checkpoint
 import common
 from common import atomic_write, fail, one_line_errors, print0
-from dataset import Ending, open_dataset, sha256_of, tokenizer_of
+from dataset import Ending, check_fits, open_dataset, sha256_of, tokenizer_of
 from engine import Sampling, generate, prepare
 from model import fingerprint, read_json
 
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', 'eval'))
-from tasks import as_text, kind_of, line_of, read_items, read_text, score_text, summary
+from tasks import as_text, kind_of, line_of, read_items, read_text, score_text, sum_windows, summary, windows_of
 
 LOGITS = 2**26   # at once, 256 MB in float32
 
@@ -74,7 +73,7 @@ def load(source):
     tokenizer, sha256 = tokenizer_of(trained), fingerprint(trained['model'])
     model = prepare(checkpoint.build_model(trained, dropout=0.0).to(device), numbers, rows=4 * batch_size)
     return SimpleNamespace(name=out_dir if source == 'resume' else source.removeprefix('ckpt:'), model=model,
-                           path=trained.get('path', source), sha256=sha256, truncated=0, tokenizer=tokenizer,
+                           path=trained.get('path', source), sha256=sha256, truncated=set(), tokenizer=tokenizer,
                            V=tokenizer.vocab_size, block_size=model.config.block_size)
 
 
@@ -83,7 +82,8 @@ def encode_pair(run, context, continuation):
     border = len(context.rstrip())
     context, continuation = context[:border], context[border:] + continuation
     whole, ids = (run.tokenizer.encode(text).tolist() for text in (context + continuation, context))
-    return (ids, whole[len(ids):]) if ids else ([run.tokenizer.start], whole)
+    size = min(len(ids), len(whole) - 1)   # where the border is inside a token, that one is the continuation
+    return (whole[:size] if size < len(ids) else ids, whole[size:]) if size else ([run.tokenizer.start], whole)
 
 
 def crop(run, context, continuation):
@@ -91,7 +91,8 @@ def crop(run, context, continuation):
     if len(continuation) > run.block_size:
         raise ValueError(f"a continuation of {len(continuation)} tokens is longer than block_size={run.block_size}")
     room = run.block_size + 1 - len(continuation)
-    run.truncated += len(context) > room
+    if len(context) > room:
+        run.truncated.add(tuple(context))
     return tuple(context[-room:]) if room else (), tuple(continuation)
 
 
@@ -114,8 +115,11 @@ def batches(run, groups):
 def log_probabilities(logits, ids, V):
     """ (B, T) of ids (B, T) under logits (B, T, V or more), some rows at a time: much fresh memory is slow """
     parts = zip(logits.flatten(0, 1)[:, :V].split(32), ids.flatten().split(32), strict=True)
-    return torch.cat([part.gather(1, wanted[:, None])[:, 0].float() - part.float().logsumexp(1)
-                      for part, wanted in parts]).view(ids.shape)
+    logs = torch.cat([part.gather(1, wanted[:, None])[:, 0].float() - part.float().logsumexp(1)
+                      for part, wanted in parts])
+    if not logs.isfinite().all():
+        raise ValueError("the model's logits are not finite, its weights are damaged")
+    return logs.view(ids.shape)
 
 
 @torch.no_grad()
@@ -136,7 +140,7 @@ def score_batch(run, batch):
                        for column in zip(*[(ids[:len(tail)], tail) for _, ids, tail in rows], strict=True))
     logits = run.model(inputs, targets, cache=cache)[0]                                                 # (B, T, V)
     real = torch.arange(length, device=device) < torch.tensor([[len(tail)] for *_, tail in rows], device=device)
-    sums = (log_probabilities(logits, targets, run.V).double() * real).sum(1).tolist()
+    sums = (log_probabilities(logits, targets, run.V) * real).cpu().double().sum(1).tolist()   # MPS has no float64
     greedy = ((logits[..., :run.V].argmax(-1) == targets) | ~real).all(1).tolist()
     return {(batch[i][0], tail): found for (i, _, tail), *found in zip(rows, sums, greedy, strict=True)}
 
@@ -165,6 +169,9 @@ def read_tokens(run):
     if meta['tokenizer'] != run.tokenizer.spec or split not in splits:
         fail(f"{data} has {' and '.join(splits)} in the tokens of {meta['tokenizer']['name']}, not {split} in those of "
              f"{run.tokenizer.name} that {run.name} was trained on" + ", other characters" * (run.V < 256))
+    if splits[split].mask:
+        print0(f"note: {data} has tokens that are not learned; here they count like the others")
+    check_fits(splits, run.V, 1)
     ids = splits[split].array().astype(np.int64)
     return ids, len(run.tokenizer.decode(ids.tolist()).encode()), meta['sha256'].get(split, '')
 
@@ -176,29 +183,10 @@ def score_windows(run, windows, which):
     for begin in range(0, len(which), at_once):
         part = [windows[i] for i in which[begin:begin + at_once]]
         ids = pad_sequence([torch.from_numpy(window) for window, _ in part], batch_first=True).to(device)
-        logs = log_probabilities(run.model(ids[:, :-1], ids[:, 1:])[0], ids[:, 1:], run.V).double()
+        logs = log_probabilities(run.model(ids[:, :-1], ids[:, 1:])[0], ids[:, 1:], run.V).cpu().double()
         rows += [{'nll': -each[:len(window) - 1][-number:].sum().item(), 'tokens': number}
                  for each, (window, number) in zip(logs, part, strict=True)]
     return rows
-
-
-def windows_of(run, ids):
-    """ [(inputs and the token after, how many of its last targets are new)]: each token but the first counts once """
-    step, found, seen = min(stride or run.block_size, run.block_size), [], 0
-    for begin in range(0, len(ids) - 1, step):
-        end = min(begin + run.block_size, len(ids) - 1)
-        if end > seen:
-            found.append((ids[begin:end + 1], end - seen))
-        seen = end
-    return found
-
-
-def sum_windows(rows, bytes_per_token):
-    nll, tokens = (np.array([row[key] for row in rows]) for key in ('nll', 'tokens'))
-    loss = nll.sum() / tokens.sum()
-    stderr = math.sqrt(((nll - loss * tokens) ** 2).sum()) / tokens.sum()   # windows are the units, not tokens
-    return {'loss': loss, 'loss_stderr': stderr, 'perplexity': math.exp(min(loss, 700)),
-            'bits_per_byte': loss / math.log(2) / bytes_per_token}
 
 
 # ---- tasks
@@ -232,7 +220,7 @@ def continue_greedily(run, prompts, most, stop=''):
     """ the greedy continuation of each prompt, up to most tokens, a stop or the end of the document """
     ending = Ending(run.tokenizer, stop)
     prompts = [run.tokenizer.encode(prompt, special=True).tolist() or [run.tokenizer.start] for prompt in prompts]
-    run.truncated += sum(len(prompt) > run.block_size for prompt in prompts)
+    run.truncated |= {tuple(prompt) for prompt in prompts if len(prompt) > run.block_size}
     texts = generate(run.model, prompts, most, Sampling(0.0), num_ids=run.V, is_over=ending.is_over)
     return [ending.text(ids) for ids in texts]
 
@@ -268,7 +256,7 @@ def evaluate(run, task):
         from harness import run_harness
     elif task == 'perplexity':
         ids, size, sha256 = read_tokens(run)
-        kind, items = 'windows', windows_of(run, ids)
+        kind, items = 'windows', windows_of(ids, run.block_size, stride)
         if len(ids) < 2:
             fail(f"{data}: {len(ids)} tokens, perplexity needs 2")
     else:
@@ -282,9 +270,10 @@ def evaluate(run, task):
     rows, number = {int(i): row for i, row in entry['rows'].items()}, min(limit or len(items), len(items))
     lengths = [len(item['context']) if kind in ('choices', 'target') else 0 for item in items]
     left = sorted(set(range(number)) - rows.keys(), key=lambda i: (lengths[i], i))   # like lengths together
+    entry['rows'] = rows
     if rows and left:
         print0(f"{task}: {len(rows)} of {number} were there already")
-    saved, run.truncated, chunk = time.monotonic(), 0, 4 * batch_size * world_size
+    saved, run.truncated, chunk = time.monotonic(), set(), 4 * batch_size * world_size
     bar = tqdm(total=len(left), desc=task, unit='item', disable=rank > 0 or None, leave=False)
     for begin in range(0, len(left), chunk):
         mine = left[begin:begin + chunk][rank::world_size]
@@ -302,7 +291,7 @@ def evaluate(run, task):
     else:
         of = list(entry['rows'].values())
         entry['metrics'] = sum_windows(of, size / (len(ids) - 1)) if kind == 'windows' else summary(of)
-        entry['truncated'] = entry.get('truncated', 0) + run.truncated
+        entry['truncated'] = entry.get('truncated', 0) + int(sum(common.gather(len(run.truncated))[0]))
     return entry
 
 
@@ -311,12 +300,15 @@ common.require(config, 0, 'num_fewshot', 'limit', 'stride')
 common.require(config, 1, 'batch_size', 'max_new_tokens')
 device = common.resolve_device(device)
 numbers = common.resolve_dtype(dtype, torch.device(device).type)
-path, names = os.path.join(out_dir, 'eval.json'), [name.strip() for name in tasks.split(',') if name.strip()]
+path, names = os.path.join(out_dir, 'eval.json'), list(dict.fromkeys(
+    name.strip() for name in tasks.split(',') if name.strip()))
 if not names:
     fail("--tasks= names none")
 with one_line_errors():
     rank, world_size = common.start_processes(device, 'nccl')
     before = read_json(path) if os.path.exists(path) else {}
+    if not isinstance(before.get('results', {}), dict):
+        fail(f"{path} is damaged; move it away")
     state = {'command': shlex.join(sys.argv), 'device': common.device_name(device),
              'versions': {'python': platform.python_version(), 'torch': torch.__version__},
              'results': before.get('results', {})}

@@ -342,13 +342,91 @@ def test_an_adapter_and_a_folder(gpt2, here, script):
     assert same(results()['piqa']['rows'], results('other/eval.json')['piqa']['rows'])
 
 
+def test_a_stored_model_beside_a_new_one(gpt2, script, capsys):
+    """ rows out of eval.json are compared like fresh ones """
+    save('new/ckpt.pt', {'model': GPT(GPTConfig(128, 50257, 1, 2, 32)).state_dict(), 'config': {},
+                         'model_args': GPTConfig(128, 50257, 1, 2, 32).model_args(), 'tokenizer': {'name': 'gpt2'}})
+    script('eval_downstream.py', *RUN, '--tasks=arc')
+    capsys.readouterr()
+    script('eval_downstream.py', *RUN, '--models=out,new', '--tasks=arc,arc')
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('| arc')]
+    assert len(lines) == 1 and lines[0].count('+-') == 2 and ', p ' in lines[0]
+
+
+@pytest.mark.parametrize('task, context, choices, answer', [
+    ('sentiment', 'Review: {sentence}\nSentiment:', [' negative', ' positive'], 'label'),
+    ('piqa', 'Question: {goal}\nAnswer:', [' {sol1}', ' {sol2}'], 'label'),
+    ('hellaswag', '{activity_label}: {ctx_a} {Ctx_b}', [' {0}', ' {1}', ' {2}', ' {3}'], 'label'),
+    ('arc', 'Question: {question}\nAnswer:', [' {0}', ' {1}', ' {2}', ' {3}'], 'answerKey')])
+def test_rows_become_questions(task, context, choices, answer):
+    """ in the words of the harness, for each row of our samples """
+    rows = map(json.loads, open(os.path.join(ROOT, 'data', 'eval', f'{task}.jsonl')))
+    for row, item in zip(rows, tasks.read_items(task)[0], strict=True):
+        several = row.get('endings') or row.get('choices', {}).get('text', [])
+        if 'ctx_b' in row:
+            row['Ctx_b'] = row['ctx_b'].capitalize()
+        assert item['context'] == context.format(**row)
+        assert item['choices'] == [each.format(*several, **row) for each in choices]
+        assert item['answer'] == ('ABCD'.index(row[answer]) if answer == 'answerKey' else int(row[answer]))
+
+
+def test_normalised_by_length_and_edited_rows(here, script):
+    """ under a uniform model the shortest choice is likeliest, and per byte the one with the longest tokens """
+    model = GPT(GPTConfig(32, 50257, 1, 1, 8))
+    torch.nn.init.zeros_(model.lm_head.weight)
+    save('out/ckpt.pt', {'model': model.state_dict(), 'model_args': model.config.model_args(), 'config': {},
+                         'tokenizer': {'name': 'gpt2'}})
+    row = {'context': 'a', 'choices': ['x', 'something else entirely'], 'answer': 0}   # 1 token, and 3 of 23 bytes
+    write_rows('own.jsonl', [row])
+    script('eval_downstream.py', *RUN, '--tasks=own.jsonl')
+    first = results()['own.jsonl']['metrics']
+    assert (first['accuracy'], first['accuracy_norm']) == (1, 0)
+    write_rows('own.jsonl', [{**row, 'answer': 1}])   # the same name, other rows
+    script('eval_downstream.py', *RUN, '--tasks=own.jsonl')
+    found = [entry['metrics'] for entry in json.load(open('out/eval.json'))['results'].values()]
+    assert [(each['accuracy'], each['accuracy_norm']) for each in found] == [(1, 0), (0, 1)]
+
+
+def test_windows_by_hand():
+    """ sums 2 and 6 of 2 tokens each: mean 2, residuals -2 and 2, sqrt(8 * 2 / 1) / 4 = 1; 4 bytes a token """
+    found = tasks.sum_windows([{'nll': 2.0, 'tokens': 2}, {'nll': 6.0, 'tokens': 2}], 4.0)
+    assert (found['loss'], found['loss_stderr']) == (2, 1)
+    assert found['bits_per_byte'] == pytest.approx(2 / math.log(2) / 4)
+
+
+def test_no_shot_is_the_question_itself(gpt2, script):
+    run = script('eval_downstream.py', *RUN, '--tasks=arc', '--limit=1', '--num_fewshot=2')
+    items = [{'context': f'q{i}', 'choices': ['n', f' y{i}'], 'answer': 1} for i in range(4)]
+    asked = [run['question'](items, i) for i in range(4)]
+    assert all(f'q{i} y{i}' not in text and text.endswith(f'\n\nq{i}') for i, text in enumerate(asked))
+    assert len({text.split('q')[1] for text in asked}) > 1   # not the same ones for all
+
+
+def test_padding_is_not_asked_for(gpt2, script):
+    """ a short greedy continuation stays greedy beside a long one; a border inside a token leaves that token """
+    run = script('eval_downstream.py', *RUN, '--tasks=arc', '--limit=1')
+    ours, context = run['load']('resume'), [464, 3290]
+    greedy = gpt2(torch.tensor([context]))[0][0, -1, :50257].argmax().item()
+    found = run['loglikelihoods'](ours, [(context, [greedy]), (context, [1, 2, 3, 4])])
+    assert [each for _, each in found] == [True, False]
+    context, continuation = run['encode_pair'](ours, 'inter', 'national')
+    assert continuation and BPETokenizer('gpt2').decode([*context, *continuation]).endswith('international')
+
+
 # ---- wrong input
+
+def test_damaged_weights_score_nothing(gpt2, fails):
+    gpt2.transformer.h[0].mlp.c_fc.weight.data[0] = math.inf
+    torch.save({'model': gpt2.state_dict(), 'model_args': gpt2.config.model_args(), 'config': {},
+                'tokenizer': {'name': 'gpt2'}}, 'out/ckpt.pt')
+    assert 'not finite' in fails('eval_downstream.py', *RUN, '--tasks=arc')[1]
+
 
 def test_a_long_context_is_cropped_and_counted(gpt2, script, capsys):
     write_rows('long.jsonl', [{'context': 'word ' * 300, 'choices': ['a', 'b'], 'answer': 0},
                               {'context': 'word', 'choices': ['a', 'b'], 'answer': 0}])
     script('eval_downstream.py', *RUN, '--tasks=long.jsonl')
-    assert '2 contexts were longer than block_size=128, their end was used' in capsys.readouterr().out
+    assert '1 contexts were longer than block_size=128, their end was used' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('row, words', [
@@ -359,6 +437,9 @@ def test_a_long_context_is_cropped_and_counted(gpt2, script, capsys):
     ('{"context": "a", "choices": [], "answer": 0}', 'line 2: wants at least two choices'),
     ('{"context": "a", "choices": ["b", " "], "answer": 0}', 'none of them empty'),
     ('{"context": "a", "answer": 0}', "line 2: no 'choices'"), ('[1, 2]', 'line 2: '), ('7', 'line 2: '),
+    ('{"context": "a", "choices": "yes", "answer": 0}', 'wants a list of choices'),
+    ('{"context": "a", "choices": ["b", "c"], "answer": true}', 'answer True'),
+    ('{"prompt": 5, "reference": "b"}', 'wants texts'),
     ('{"prompt": "a", "references": []}', 'line 2: wants references'), ('{"text": "one"}', 'line 2: '),
     ('{"text": "one two"}', 'rows of different kinds')])
 def test_damaged_rows_are_named(gpt2, fails, row, words):

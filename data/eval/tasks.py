@@ -50,18 +50,24 @@ def own(row, template):
     if 'text' in row:
         return last_word(row)
     if 'prompt' in row:
-        return {**row, 'references': [row['references']] if isinstance(row['references'], str) else row['references']}
+        references = row['references'] if 'references' in row else row['reference']
+        return {**row, 'references': [references] if isinstance(references, str) else references}
     context = template.replace('\\n', '\n').replace('{context}', row['context'])
+    if not isinstance(row['choices'], list):
+        raise ValueError("wants a list of choices")
     return {'context': context, 'answer': row['answer'],
             'choices': [each if each[:1].isspace() else f' {each}' for each in row['choices']]}
 
 
 def check(item):
+    texts = [item[key] for key in ('context', 'target', 'prompt', 'database') if key in item]
+    if not all(isinstance(each, str) for each in texts):
+        raise ValueError("wants texts")
     if 'choices' in item:
         choices, answer = item['choices'], item['answer']
         if len(choices) < 2 or not all(each.strip() for each in choices):
             raise ValueError("wants at least two choices, none of them empty")
-        if not isinstance(answer, int) or not 0 <= answer < len(choices):
+        if type(answer) is not int or not 0 <= answer < len(choices):
             raise ValueError(f"answer {answer!r} is none of 0 to {len(choices) - 1}")
     if 'references' in item and not (item['references'] and all(isinstance(each, str) for each in item['references'])):
         raise ValueError("wants references, a text or a list of them")
@@ -76,14 +82,14 @@ def read_items(task: str, template: str = '{context}', from_hub: bool = False) -
     read, source = READ.get(task, (lambda row: own(row, template), None))
     path = task if task.endswith('.jsonl') else find_beside(os.path.join('data', 'eval', f'{task}.jsonl'), HOME)
     if from_hub and source:
-        from datasets import load_dataset
-        rows, name = [json.dumps(row) for row in load_dataset(*source[:2], split=source[2])], source[0]
+        found, name = _need('datasets').load_dataset(*source[:2], split=source[2]), source[0]
+        rows = [json.dumps(row) for row in found]
     elif not path or not os.path.exists(path):
         fail(f"no task '{task}'; there are perplexity, {', '.join(READ)}, sql, a .jsonl file and lm_eval:NAME")
     else:
         name = path
         with open(path, encoding='utf-8-sig', errors='replace') as file:
-            rows = file.read().splitlines()
+            rows = file.read().split('\n')
     items = []
     for number, row in enumerate(rows, 1):
         try:
@@ -117,15 +123,20 @@ def _need(name):
     try:
         return __import__(name)
     except ImportError:
-        fail(f"generated texts are compared by {name}: pip install {name}")
+        fail(f"this needs {name}: pip install {name}")
 
 
 def run_sql(query: str, script: str) -> list[tuple] | None:
     """ the rows that a query gives in a new database made by script, None if it fails; it can only read """
     connection = sqlite3.connect(':memory:')
-    connection.executescript(script)
+    try:
+        connection.executescript(script)
+    except sqlite3.Error as error:
+        raise ValueError(f"the database cannot be made: {error}") from None
     allowed = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE)
     connection.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in allowed else sqlite3.SQLITE_DENY)
+    if hasattr(connection, 'setlimit'):   # Python 3.11
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 10**6)
     connection.set_progress_handler(lambda: 1, SQL_STEPS)   # 1 stops it
     try:
         return connection.execute(query).fetchmany(10_000)
@@ -150,7 +161,8 @@ def score_text(text: str, item: dict, folder: str) -> dict:
     words = text.split()
     grams = list(zip(*(words[i:] for i in range(4)), strict=False))
     scores = [scorer.score(reference, text) for reference in item['references']]
-    row = {'text': text, 'references': item['references'], 'exact_match': int(text in item['references']),
+    row = {'text': text, 'references': item['references'],
+           'exact_match': int(text.strip() in map(str.strip, item['references'])),
            **{key: max(score[key].fmeasure for score in scores) for key in ('rouge1', 'rouge2', 'rougeL')},
            'repetition': 1 - len(set(grams)) / len(grams) if grams else 0.0}   # 4-grams that were there before
     if 'database' in item:
@@ -189,6 +201,28 @@ def summary(rows: list[dict]) -> dict:
     return found
 
 
+# ---- windows of a text
+
+def windows_of(ids: np.ndarray, block_size: int, stride: int) -> list[tuple[np.ndarray, int]]:
+    """ [(inputs and the token after, how many of its last targets are new)]: each token but the first counts once """
+    step, found, seen = min(stride or block_size, block_size), [], 0
+    for begin in range(0, len(ids) - 1, step):
+        end = min(begin + block_size, len(ids) - 1)
+        if end > seen:
+            found.append((ids[begin:end + 1], end - seen))
+        seen = end
+    return found
+
+
+def sum_windows(rows: list[dict], bytes_per_token: float) -> dict:
+    """ the metrics of a text; the windows are the units of the standard error, not the tokens """
+    nll, tokens = (np.array([row[key] for row in rows]) for key in ('nll', 'tokens'))
+    loss = nll.sum() / tokens.sum()
+    stderr = math.sqrt(((nll - loss * tokens) ** 2).sum() * len(rows) / max(len(rows) - 1, 1)) / tokens.sum()
+    return {'loss': loss, 'loss_stderr': stderr, 'perplexity': math.exp(min(loss, 700)),
+            'bits_per_byte': loss / math.log(2) / bytes_per_token}
+
+
 # ---- output
 
 MAIN = ('loss', 'execution', 'accuracy', 'rougeL', 'acc')   # what a task is compared by
@@ -207,11 +241,17 @@ def value_of(row: dict) -> float:
     return row['nll'] if 'tokens' in row else next(row[key] for key in MAIN if key in row)
 
 
+def units(entry: dict) -> list:
+    """ what has to be the same for rows to be compared: which items, and of windows how many tokens of what text """
+    return [(i, row.get('tokens')) for i, row in sorted(entry['rows'].items())]
+
+
 def sign_test(differences: list[float], times: int = 10_000) -> float:
     """ how often random signs give a mean as far from 0: the paired randomization test, two-sided """
-    differences = np.array(differences)
-    signs = np.random.default_rng(0).integers(0, 2, (times, len(differences)), dtype=np.int8) * 2 - 1
-    return (1 + (abs(signs @ differences) >= abs(differences.sum()) - 1e-12).sum()) / (1 + times)
+    differences, dice = np.array(differences), np.random.default_rng(0)
+    sums = np.concatenate([(dice.integers(0, 2, (100, len(differences)), dtype=np.int8) * 2 - 1) @ differences
+                           for _ in range(times // 100)])
+    return (1 + (abs(sums) >= abs(differences.sum()) - 1e-12).sum()) / (1 + times)
 
 
 def line_of(entries: list[dict]) -> str:
@@ -221,7 +261,7 @@ def line_of(entries: list[dict]) -> str:
     for i, entry in enumerate(entries):
         value, stderr = entry['metrics'][metric], entry['metrics'].get(f'{metric}_stderr')
         cells.append(f'{value:.4f}' + f' +- {stderr:.4f}' * isinstance(stderr, float))
-        if i and entry['rows'].keys() == first['rows'].keys() and entry['rows']:
+        if i and entry['rows'] and units(entry) == units(first):
             differences = [value_of(row) - value_of(first['rows'][j]) for j, row in entry['rows'].items()]
             p = entry['p'] = sign_test(differences)
             cells[-1] += f" ({value - first['metrics'][metric]:+.4f}, p {p:.2g})"
