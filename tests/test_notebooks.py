@@ -20,7 +20,15 @@ def committed(name):
 
 
 def outputs(notebook):
-    return [output for cell in notebook.cells for output in cell.get('outputs', [])]
+    """ of all cells; what a cell prints may come in any number of pieces, and counts as one """
+    merged = []
+    for cell in notebook.cells:
+        for i, output in enumerate(cell.get('outputs', [])):
+            if i and output.output_type == merged[-1].output_type == 'stream' and output.name == merged[-1].name:
+                merged[-1] = nbformat.from_dict({**merged[-1], 'text': merged[-1].text + output.text})
+            else:
+                merged.append(output)
+    return merged
 
 
 def key_numbers(notebook):
@@ -35,6 +43,13 @@ def close(one, two):
     if isinstance(one, dict):
         return one.keys() == two.keys() and all(close(one[key], two[key]) for key in one)
     return one == pytest.approx(two, rel=1e-3)
+
+
+def test_pieces_of_a_stream_count_as_one():
+    made = [nbformat.v4.new_output('stream', name=name, text=text) for name, text in
+            (('stdout', 'a'), ('stdout', 'b'), ('stderr', 'c'), ('stdout', 'd'))]
+    cells = [nbformat.v4.new_code_cell(outputs=made), nbformat.v4.new_code_cell(outputs=made[:1])]
+    assert [each.text for each in outputs(nbformat.v4.new_notebook(cells=cells))] == ['ab', 'c', 'd', 'a']
 
 
 def test_there_are_two():
