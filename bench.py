@@ -49,8 +49,8 @@ import torch
 import checkpoint
 import common
 from common import device_name, fail, gather, one_line_errors, print0, synchronize
-from engine import Sampling, generate, prepare, stream
-from model import GPT, STATIC, CompiledStep, GPTConfig
+from engine import STATIC, CompiledStep, Sampling, generate, prepare, stream
+from model import GPT, GPTConfig
 
 # ---- training
 
@@ -202,8 +202,7 @@ def bench_generation():
     torch.manual_seed(config['seed'])
     sampling = Sampling(temperature, top_k)
     if config['init_from'] == 'scratch':
-        sizes = (config[key] for key in ('n_layer', 'n_head', 'n_embd'))
-        model = GPT(GPTConfig(config['block_size'], config['vocab_size'] or 50304, *sizes, bias=config['bias']))
+        model = GPT(GPTConfig.of(config, vocab_size=config['vocab_size'] or 50304))
     else:
         model = checkpoint.build_model(checkpoint.weights_of(config['init_from'], config['out_dir']), dropout=0.0)
     parameters, vocab_size, step = model.get_num_params(), model.config.vocab_size, None

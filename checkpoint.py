@@ -249,8 +249,16 @@ def _build_adapter(checkpoint: dict, changes: dict) -> GPT:
     return model
 
 
-def build_model(checkpoint: dict, **changes) -> GPT:
-    """ the model of a loaded checkpoint, which gives its tensors away; changes override fields such as dropout """
+def build_model(checkpoint: dict, block_size: int = 0, **changes) -> GPT:
+    """ the model of a loaded checkpoint, which gives its tensors away; changes override fields such as dropout
+
+    block_size: if not 0, the longest context, longer than in training only where no position table limits it.
+    """
+    if block_size:
+        model = build_model(checkpoint, **changes)
+        with one_line_errors():
+            model.crop_block_size(block_size)
+        return model
     try:
         if checkpoint.get('lora'):
             return _build_adapter(checkpoint, changes)
@@ -266,13 +274,14 @@ def build_model(checkpoint: dict, **changes) -> GPT:
 def check_start(checkpoint: dict, config: dict, data: dict) -> None:
     """ print what a run sets differently; SystemExit where its tokenizer, tokens or sha256 (data) are not the same """
     was = {'lora_rank': 0} if 'iter_num' in checkpoint else {}   # weights alone may get an adapter
-    was |= {**checkpoint.get('config', {}), **checkpoint['model_args']}
+    args = {**vars(GPTConfig()), **checkpoint['model_args']}
+    was |= {**checkpoint.get('config', {}), **args}
     for key in sorted(was.keys() & config.keys() - {'init_from', 'out_dir', 'eval_only'}):
         now, old = config[key], was[key]
         if now == old or key == 'vocab_size' and not now:
             continue
-        fixed = key in checkpoint['model_args'] and key != 'dropout' and not (key == 'block_size' and now < old)
-        fixed |= key.startswith('lora_')
+        fixed = key in args and key != 'dropout' or key.startswith('lora_')
+        fixed &= key != 'block_size' or now > old and args['pos'] == 'learned'
         print0(f"checkpoint: {key} " + (f"stays {old!r}, not {now!r}" if fixed else f"was {old!r}, is {now!r}"))
     for key, now in data.items():
         if (old := checkpoint.get(key)) and now and now != old:

@@ -7,6 +7,7 @@ GPT.generate is a thin door to it. What is not here: the model (model.py), text 
 """
 import contextlib
 import copy
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import GPT, CompiledStep
+from model import GPT, KVCache
 
 # ---- sampling
 
@@ -173,6 +174,43 @@ def prepare(model: GPT, dtype: torch.dtype | None = None, *, rows: int = 1, quan
         for layer, name, linear in group:
             setattr(layer, name, convert(linear, dtype))
     return model
+
+
+# ---- generating on a GPU without waiting for Python
+
+STATIC = dict(fullgraph=True, dynamic=False, mode='reduce-overhead')   # for torch.compile
+
+
+class CompiledStep:
+    """ one token for each row, by torch.compile(model, **STATIC): compiled once for so many rows, on CUDA one graph
+
+    A graph wants the same shapes and addresses each time, so this has caches of its own, of full size.
+    """
+
+    def __init__(self, compiled: GPT):
+        self.model, self.caches = compiled, {}   # by the number of rows
+
+    def adopt(self, cache: KVCache) -> KVCache:
+        """ the fixed cache for as many rows, holding what this one holds """
+        if isinstance(cache.length, Tensor):
+            return cache
+        keys, config = cache.layers[0][0], self.model.config
+        if (rows := len(keys)) not in self.caches:
+            padding = torch.zeros(rows, dtype=torch.int64, device=keys.device)
+            fixed = KVCache(config, rows, config.block_size, keys.device, keys.dtype, padding)
+            self.caches[rows] = fixed
+            fixed.fix_shapes()
+            for tensor in (fixed.length, fixed.padding, *itertools.chain(*fixed.layers)):
+                torch._dynamo.mark_static_address(tensor)
+        fixed = self.caches[rows]
+        fixed.fill(cache, cache.length)
+        fixed.length.fill_(cache.length)
+        fixed.padding[:] = 0 if cache.padding is None else cache.padding
+        return fixed
+
+    def __call__(self, ids: Tensor, cache: KVCache) -> tuple[Tensor, None]:
+        """ what the model returns, logits (B, 1, V) and None """
+        return self.model(ids, cache=cache)[0].clone(), None   # the next run of the graph overwrites it
 
 
 # ---- the text so far

@@ -37,6 +37,7 @@ template = '{context}'  # of a .jsonl file's question; \n is a new line
 data = ''               # a dataset below data/, or a text file
 split = 'val'
 stride = 0              # tokens between windows of block_size; less than that sees more of the past; 0: block_size
+block_size = 0          # longest context, 0: as trained; rope and alibi can do with more
 # generated text
 max_new_tokens = 100
 # how to compute
@@ -71,7 +72,7 @@ def load(source):
     source = f'ckpt:{source}' if os.path.isdir(source) and not os.path.exists(f'{source}/config.json') else source
     trained = checkpoint.weights_of(source, out_dir, ckpt)
     tokenizer, sha256 = tokenizer_of(trained), fingerprint(trained['model'])
-    model = prepare(checkpoint.build_model(trained, dropout=0.0).to(device), numbers, rows=4 * batch_size)
+    model = prepare(checkpoint.build_model(trained, block_size, dropout=0.0).to(device), numbers, rows=4 * batch_size)
     return SimpleNamespace(name=out_dir if source == 'resume' else source.removeprefix('ckpt:'), model=model,
                            path=trained.get('path', source), sha256=sha256, truncated=set(), tokenizer=tokenizer,
                            V=tokenizer.vocab_size, block_size=model.config.block_size)
@@ -262,7 +263,8 @@ def evaluate(run, task):
     else:
         items, sha256, run.folder = read_items(task, template, from_hub)
         kind = kind_of(items[0])
-    settings = ('num_fewshot', 'template', 'from_hub', 'data', 'stride', 'split', 'max_new_tokens', 'limit', 'seed')
+    settings = ('num_fewshot', 'template', 'from_hub', 'data', 'stride', 'block_size', 'split', 'max_new_tokens',
+                'limit', 'seed')
     entry = {'task': task, 'model': run.name, 'path': run.path, 'model_sha256': run.sha256, 'data_sha256': sha256,
              'dtype': str(numbers).removeprefix('torch.'), **{key: config[key] for key in settings}}
     key = hashlib.sha256(json.dumps({**entry, 'model': '', 'path': ''}).encode()).hexdigest()[:16]
@@ -296,7 +298,7 @@ def evaluate(run, task):
 
 
 # ---- set-up
-common.require(config, 0, 'num_fewshot', 'limit', 'stride')
+common.require(config, 0, 'num_fewshot', 'limit', 'stride', 'block_size')
 common.require(config, 1, 'batch_size', 'max_new_tokens')
 device = common.resolve_device(device)
 numbers = common.resolve_dtype(dtype, torch.device(device).type)

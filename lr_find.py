@@ -28,7 +28,7 @@ import torch
 from tqdm import trange
 
 from common import atomic_write, fail, gather, one_line_errors, print0
-from optim import update
+from optim import set_rate, update
 
 # ---- functions
 
@@ -62,8 +62,7 @@ rates, losses, smooth, average = [], [], [], 0.0
 bar = trange(num_steps, disable=train['rank'] > 0 or None, leave=False)
 for step in bar:
     lr = first_lr * (last_lr / first_lr) ** (step / (num_steps - 1))
-    for group in optimizer.param_groups:
-        group['lr'] = lr
+    set_rate(optimizer, lr)
     loss = train['add_gradients'](step)
     update(model, optimizer, scaler, loss, train['grad_clip'])
     loss, stopped = (max(each) if i else sum(each) / len(each) for i, each in

@@ -1,17 +1,17 @@
 """ GPT: the whole model in one file, with the parameter names of OpenAI's GPT-2.
 
-Sizes in the comments: B batch, T positions of the input, V vocabulary, C = n_embd channels,
-nh = n_head heads of hs = C / nh channels each; with a cache, S positions that are seen, the T of the input last.
+Sizes in the comments: B batch, T positions of the input, V vocabulary, C = n_embd channels, nh = n_head heads of
+hs = C / nh channels each (keys and values may have fewer heads); with a cache, S positions that are seen, the T of the
+input last.
 """
 import hashlib
-import itertools
 import json
 import math
 import os
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn as nn
@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
+
+NANOGPT = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')   # the options that it has
 
 
 @dataclass
@@ -34,44 +36,107 @@ class GPTConfig:
     gelu: str = 'none'         # F.gelu's approximate=: 'none' is exact (erf), 'tanh' is what OpenAI trained GPT-2 with
     norm_eps: float = 1e-5     # added to the variance in the norm layers
     tie: bool = True           # head and token embedding are one matrix, https://arxiv.org/abs/1608.05859
+    pos: str = 'learned'       # a table; 'rope' (arXiv 2104.09864) or 'alibi' (arXiv 2108.12409)
+    rope_base: float = 10000.0
+    window: int = 0            # a position sees so many, itself included, 0: all before it (arXiv 2004.05150)
+    n_kv_head: int = 0         # heads of keys and values, each for a group of queries (arXiv 2305.13245), 0: n_head
+    qk_norm: bool = False      # each query and key gets a mean square of 1 (arXiv 2010.04245)
 
     def __post_init__(self):
-        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
-            if not isinstance(value := getattr(self, name), int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
-        if not isinstance(self.norm_eps, float | int) or not 0 < self.norm_eps < 1 or not isinstance(self.tie, bool):
-            raise ValueError(f"norm_eps={self.norm_eps!r} must be above 0 and below 1, tie={self.tie!r} True or False")
-        if self.gelu not in ('none', 'tanh'):
-            raise ValueError(f"gelu='{self.gelu}' must be 'none' (exact) or 'tanh'")
+        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'window', 'n_kv_head'):
+            least = 0 if name in ('window', 'n_kv_head') else 1
+            if not isinstance(value := getattr(self, name), int) or value < least:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+        for name, known in dict(gelu=('none', 'tanh'), pos=('learned', 'rope', 'alibi'), tie=(True, False),
+                                qk_norm=(True, False)).items():
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name}={value!r} must be {' or '.join(map(repr, known))}")
+        for name, good, wanted in (
+                ('n_embd', self.n_embd % self.n_head == 0, f"a multiple of n_head={self.n_head}"),
+                ('n_embd', self.pos != 'rope' or self.n_embd // self.n_head % 2 == 0, "an even number a head for rope"),
+                ('n_kv_head', self.n_head % (self.n_kv_head or 1) == 0, f"0 or a divisor of n_head={self.n_head}"),
+                ('dropout', 0 <= self.dropout < 1, "at least 0 and below 1"),
+                ('norm_eps', isinstance(self.norm_eps, float | int) and 0 < self.norm_eps < 1, "above 0 and below 1"),
+                ('rope_base', self.rope_base > 1, "above 1")):
+            if not good:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be {wanted}")
+
+    @classmethod
+    def of(cls, config: dict, **changes) -> 'GPTConfig':
+        """ what a script's configuration has of it, with changes """
+        return cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config} | changes)
 
     def model_args(self) -> dict:
         """ the fields as checkpoints hold them: those that nanoGPT does not know only if not at their default """
-        known = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
         return {field.name: value for field in fields(self)
-                if (value := getattr(self, field.name)) != field.default or field.name in known}
+                if (value := getattr(self, field.name)) != field.default or field.name in NANOGPT}
 
+
+# ---- positions, and which of them are seen
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """ RoPE: x (B, T, heads, hs) with channels i and i + hs/2 turned by an angle; cos and sin (T, 1, hs) float32
+
+    The product of a query and a key that were turned in proportion to their positions depends on the distance only.
+    """
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+
+
+def alibi_slopes(n_head: int, device: str | torch.device = 'cpu') -> Tensor:
+    """ (nh,) how much a head's scores fall with each position of distance, from 1/2 to 1/256 for 8 heads
+
+    Geometric for powers of two; others get those of the power below, and of the one above every second.
+    """
+    power = 1 << n_head.bit_length() - 1
+    head = torch.arange(n_head, device=device)
+    return 2 ** -torch.where(head < power, (head + 1) * 8 / power, (2 * (head - power) + 1) * 4 / power)
+
+
+@lru_cache
+def sparse_attention(T: int, window: int, alibi_heads: int, device: torch.device) -> Callable:
+    """ causal attention of (q, k, v) by a kernel compiled for a window and ALiBi, which skips what is out of sight """
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    slopes = alibi_slopes(alibi_heads, device) if alibi_heads else None
+
+    def seen(batch, head, query, key):
+        return (key <= query) & (key > query - (window or T))
+
+    def nearer(score, batch, head, query, key):
+        return score if slopes is None else score + slopes[head] * (key - query)
+    return partial(torch.compile(flex_attention), score_mod=nearer, enable_gqa=True,
+                   block_mask=create_block_mask(seen, None, None, T, T, device))
+
+
+# ---- layers
 
 class CausalSelfAttention(nn.Module):
     """ every position gathers from the positions it may see, one pattern per head """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)   # query, key and value at once
+        self.hs, n_kv_head = config.n_embd // config.n_head, config.n_kv_head or config.n_head
+        self.heads = config.n_head, n_kv_head, n_kv_head       # of queries, keys and values
+        self.c_attn = nn.Linear(config.n_embd, sum(self.heads) * self.hs, bias=config.bias)   # all three at once
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.dropout, self.qk_norm = config.dropout, config.qk_norm
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, recall: Callable | None = None) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Tensor | Callable | None, is_causal: bool,
+                rotation: tuple[Tensor, Tensor] | None = None, recall: Callable | None = None) -> Tensor:
         B, T, C = x.shape
-        q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)   # (B, nh, T, hs) each
-                   for part in self.c_attn(x).split(C, dim=2))
+        q, k, v = self.c_attn(x).view(B, T, -1, self.hs).split(self.heads, dim=2)   # (B, T, nh, hs) each
+        if self.qk_norm:
+            q, k = F.rms_norm(q, (self.hs,)), F.rms_norm(k, (self.hs,))
+        if rotation:
+            q, k = turned(q, *rotation), turned(k, *rotation)
+        q, k, v = (each.type_as(v).transpose(1, 2) for each in (q, k, v))           # (B, nh, T, hs) each
         if recall:
             k, v = recall(k, v)                                                     # (B, nh, S, hs) each
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask, self.dropout if self.training else 0.0, is_causal)
+        if callable(attn_mask):
+            y = attn_mask(q, k, v)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask, self.dropout if self.training else 0.0, is_causal,
+                                               enable_gqa=self.heads[0] > self.heads[1])
         y = y.transpose(1, 2).reshape(B, T, C)                                      # heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -100,8 +165,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, recall: Callable | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), attn_mask, is_causal, recall)
+    def forward(self, x: Tensor, *how) -> Tensor:
+        """ x (B, T, C); how: CausalSelfAttention's other arguments """
+        x = x + self.attn(self.ln_1(x), *how)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -116,7 +182,7 @@ class KVCache:
 
     def __init__(self, config: GPTConfig, batch_size: int, capacity: int, device: str | torch.device = 'cpu',
                  dtype: torch.dtype = torch.float32, padding: Tensor | None = None):
-        shape = batch_size, config.n_head, capacity, config.n_embd // config.n_head
+        shape = batch_size, config.n_kv_head or config.n_head, capacity, config.n_embd // config.n_head
         self.layers = [[torch.zeros(shape, device=device, dtype=dtype) for _ in 'kv'] for _ in range(config.n_layer)]
         self.capacity, self.length, self.padding = capacity, 0, padding
 
@@ -188,7 +254,7 @@ class GPT(nn.Module):
         # the order of creation is the order of the random numbers, so that a seed gives nanoGPT's weights
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
-            wpe=nn.Embedding(config.block_size, config.n_embd),
+            **({'wpe': nn.Embedding(config.block_size, config.n_embd)} if config.pos == 'learned' else {}),
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias),
@@ -214,32 +280,48 @@ class GPT(nn.Module):
             if name.endswith('c_proj.weight'):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
-    def _embed(self, idx: Tensor, cache: KVCache | None, places: Tensor) -> Tensor:
-        """ ids (B, T) to vectors (B, T, C): what the token is plus where it stands """
-        if cache is None:
-            positions = self.transformer.wpe.weight[:idx.shape[1]]            # (T, C)
-        elif cache.padding is None:
-            positions = self.transformer.wpe(places)                          # (T, C)
-        else:   # a padded row begins later
-            positions = self.transformer.wpe((places - cache.padding[:, None]).clamp(min=0))   # (B, T, C)
-        return self.transformer.drop(self.transformer.wte(idx) + positions)
+    def _embed(self, idx: Tensor, cache: KVCache | None, positions: Tensor) -> Tensor:
+        """ ids (B, T) to vectors (B, T, C): what the token is plus, with a table, where it stands """
+        x = self.transformer.wte(idx)
+        if self.config.pos == 'learned':
+            x = x + (self.transformer.wpe(positions) if cache else self.transformer.wpe.weight[:idx.shape[1]])
+        return self.transformer.drop(x)
 
-    def _visible(self, cache: KVCache | None, places: Tensor, S: int) -> tuple[Tensor | None, bool]:
+    def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        """ RoPE: cos and sin (T, 1, hs) float32 of what is turned by at positions (T,); for (B, T) also with B """
+        if self.config.pos != 'rope':
+            return None
+        hs = self.config.n_embd // self.config.n_head
+        speeds = self.config.rope_base ** (torch.arange(0, hs, 2, device=positions.device) / -hs)   # (hs/2,)
+        angles = (positions[..., None] * speeds)[..., None, :]                                      # (T, 1, hs/2)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+    def _visible(self, cache: KVCache | None, places: Tensor, S: int) -> tuple[Tensor | Callable | None, bool]:
         """ (attn_mask, is_causal) of one forward: the only place that decides which positions a position sees
 
         Text before an end-of-text token stays visible: documents are told apart by the token, as GPT-2 was trained.
         """
-        T = len(places)
-        if cache is None or S == T and cache.padding is None:
-            return None, True
-        if T == 1 and cache.padding is None and not isinstance(cache.length, Tensor):
-            return None, False
+        T, device, window, padding = len(places), places.device, self.config.window, cache and cache.padding
+        alibi_heads = self.config.n_head if self.config.pos == 'alibi' else 0
+        if not alibi_heads and not 0 < window < S:   # all before, and nothing else
+            if cache is None or S == T and padding is None:
+                return None, True
+            if T == 1 and padding is None and not isinstance(cache.length, Tensor):
+                return None, False
+        if cache is None and places.is_cuda and not (self.training and self.config.dropout):
+            return sparse_attention(T, window, alibi_heads, device), False
         # is_causal would align the triangle at the first key, not at the last
-        keys, queries = torch.arange(S, device=places.device), places[:, None]
+        keys, queries = torch.arange(S, device=device), places[:, None]
         mask = keys <= queries                                                # (T, S)
-        if cache.padding is not None:
-            shown = keys >= cache.padding[:, None, None]                      # (B, 1, S)
+        if window:
+            mask = mask & (keys > queries - window)
+        if padding is not None:
+            shown = keys >= padding[:, None, None]                            # (B, 1, S)
             mask = (mask & shown | (keys == queries))[:, None]                # (B, 1, T, S), never a row of nothing
+        if alibi_heads:
+            scores = alibi_slopes(alibi_heads, device)[:, None, None] * (keys - queries)   # (nh, T, S)
+            mask = scores.masked_fill(~mask, -math.inf).to(self.transformer.wte.weight.dtype)
         return mask, False
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, *, cache: KVCache | None = None,
@@ -255,14 +337,16 @@ class GPT(nn.Module):
         if S > (limit := min(self.config.block_size, cache.capacity) if cache else self.config.block_size):
             raise ValueError(f"{S} tokens do not fit block_size={limit}, crop them")
         places = start + torch.arange(T, device=idx.device)    # (T,)
-        x = self._embed(idx, cache, places)                    # (B, T, C)
-        attn_mask, is_causal = self._visible(cache, places, S)
+        padded = cache is not None and cache.padding is not None   # then a row's text begins later
+        positions = (places - cache.padding[:, None]).clamp(min=0) if padded else places   # (B, T) or (T,)
+        x = self._embed(idx, cache, positions)                 # (B, T, C)
+        how = *self._visible(cache, places, S), self._rotation(positions)
         for i, block in enumerate(self.transformer.h):
             x = x.detach() if i < self.frozen else x           # backward ends here
             if self.grad_checkpoint and self.training and not cache:
-                x = checkpoint(block, x, attn_mask, is_causal, use_reentrant=False)   # https://arxiv.org/abs/1604.06174
+                x = checkpoint(block, x, *how, use_reentrant=False)   # https://arxiv.org/abs/1604.06174
             else:
-                x = block(x, attn_mask, is_causal, partial(cache.recall, i, places, S) if cache else None)
+                x = block(x, *how, partial(cache.recall, i, places, S) if cache else None)
         if cache:
             cache.length += T
         x = self.transformer.ln_f(x)
@@ -279,15 +363,16 @@ class GPT(nn.Module):
     def get_num_params(self, non_embedding: bool = True) -> int:
         """ number of parameters, by default without the position table; the token table counts, tied it is the head """
         total = sum(p.numel() for p in self.parameters())
-        return total - self.transformer.wpe.weight.numel() if non_embedding else total
+        return total - self.transformer.wpe.weight.numel() if non_embedding and self.config.pos == 'learned' else total
 
     def flops_per_token(self) -> int:
         """ FLOPs of forward and backward for a token of a full context (PaLM, https://arxiv.org/abs/2204.02311, B)
 
         6 per parameter (a multiplication and an addition, three times: backward is two products for one), and for
-        attention 12 * L * H * Q * T, which counts the full square of scores, masked or not.
+        attention 12 * L * H * Q * T, which counts the full square of scores, masked or not, but for a window's.
         """
-        attention = 12 * self.config.n_layer * self.config.n_embd * self.config.block_size   # H * Q = n_embd
+        T = min(self.config.block_size, self.config.window or self.config.block_size)
+        attention = 12 * self.config.n_layer * self.config.n_embd * T                        # H * Q = n_embd
         looked_up = 0 if self.config.tie else self.transformer.wte.weight.numel()            # and not multiplied
         return 6 * (self.get_num_params() - looked_up) + attention
 
@@ -307,17 +392,20 @@ class GPT(nn.Module):
         memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 4 if hasattr(os, 'sysconf') else 2e9
         if device.type == 'cuda':
             memory = torch.cuda.mem_get_info(device)[0] / 2
-        numbers = 2 * self.config.n_layer * C * T    # keys and values
-        numbers += 20 * C * T + T * T                # a block's activations, and the mask, at the prompt
+        masks = self.config.n_head if self.config.pos == 'alibi' else 1
+        numbers = 2 * self.config.n_layer * C * T    # keys and values, at most
+        numbers += 20 * C * T + masks * T * T        # a block's activations, and the mask, at the prompt
         numbers += 10 * self.config.vocab_size       # scores, their order, their sums in float64
         return max(1, int(memory / (4 * numbers)))
 
     def crop_block_size(self, block_size: int) -> None:
-        """ shorten the longest context, in place; ValueError if it would grow """
-        if not 1 <= block_size <= self.config.block_size:
+        """ shorten the longest context, in place, or lengthen it where no table limits it; ValueError if one does """
+        if not 1 <= block_size <= (self.config.block_size if self.config.pos == 'learned' else 2**30):
             raise ValueError(f"block_size={block_size} must be 1 to {self.config.block_size}, a model cannot grow")
-        self.config.block_size, table = block_size, self.transformer.wpe.weight
-        self.transformer.wpe.weight = nn.Parameter(table.detach()[:block_size].clone(), table.requires_grad)
+        self.config.block_size = block_size
+        if self.config.pos == 'learned':
+            table = self.transformer.wpe.weight
+            self.transformer.wpe.weight = nn.Parameter(table.detach()[:block_size].clone(), table.requires_grad)
 
     # ---- training and sampling
 
@@ -331,12 +419,23 @@ class GPT(nn.Module):
         return read_gpt2(model_type, override_args or {})
 
     def configure_optimizers(self, weight_decay: float, learning_rate: float, betas: tuple[float, float],
-                             device_type: str, *, eps: float = 1e-8) -> torch.optim.AdamW:
-        """ AdamW that decays tensors of two or more dimensions (embeddings too) and leaves biases and norms alone """
+                             device_type: str, *, eps: float = 1e-8, muon_lr: float = 0.0) -> torch.optim.AdamW:
+        """ AdamW that decays tensors of two or more dimensions (embeddings too) and leaves biases and norms alone
+
+        muon_lr: Muon's rate for the matrices in the blocks, where learning_rate is that of the others; 0: without.
+        """
         parameters = [p for p in self.parameters() if p.requires_grad]
-        groups = [{'params': [p for p in parameters if p.dim() >= 2], 'weight_decay': weight_decay},
+        matrices = [p for p in self.transformer.h.parameters() if p.requires_grad and p.dim() == 2 and muon_lr]
+        apart = {id(p) for p in matrices}
+        groups = [{'params': [p for p in parameters if p.dim() >= 2 and id(p) not in apart],
+                   'weight_decay': weight_decay},
                   {'params': [p for p in parameters if p.dim() < 2], 'weight_decay': 0.0}]
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=device_type in FUSED)
+        kind = torch.optim.AdamW
+        if matrices:
+            from optim import Muon as kind
+            groups.append({'params': matrices, 'weight_decay': weight_decay, 'momentum': 0.95,
+                           'lr': muon_lr, 'lr_scale': muon_lr / learning_rate})
+        return kind(groups, lr=learning_rate, betas=betas, eps=eps, fused=device_type in FUSED)
 
     def new_cache(self, padding: Tensor, capacity: int) -> KVCache:
         """ an empty one for rows with this padding (B,), in the type that the products have, also under autocast """
@@ -371,43 +470,6 @@ def empty_model(config: GPTConfig) -> GPT:
     """ a model that takes no memory and no random numbers until load_state_dict(..., assign=True) """
     with torch.device('meta'), _NoInit():
         return GPT(config)
-
-
-# ---- generating on a GPU without waiting for Python
-
-STATIC = dict(fullgraph=True, dynamic=False, mode='reduce-overhead')   # for torch.compile
-
-
-class CompiledStep:
-    """ one token for each row, by torch.compile(model, **STATIC): compiled once for so many rows, on CUDA one graph
-
-    A graph wants the same shapes and addresses each time, so this has caches of its own, of full size.
-    """
-
-    def __init__(self, compiled: GPT):
-        self.model, self.caches = compiled, {}   # by the number of rows
-
-    def adopt(self, cache: KVCache) -> KVCache:
-        """ the fixed cache for as many rows, holding what this one holds """
-        if isinstance(cache.length, Tensor):
-            return cache
-        keys, config = cache.layers[0][0], self.model.config
-        if (rows := len(keys)) not in self.caches:
-            padding = torch.zeros(rows, dtype=torch.int64, device=keys.device)
-            fixed = KVCache(config, rows, config.block_size, keys.device, keys.dtype, padding)
-            self.caches[rows] = fixed
-            fixed.fix_shapes()
-            for tensor in (fixed.length, fixed.padding, *itertools.chain(*fixed.layers)):
-                torch._dynamo.mark_static_address(tensor)
-        fixed = self.caches[rows]
-        fixed.fill(cache, cache.length)
-        fixed.length.fill_(cache.length)
-        fixed.padding[:] = 0 if cache.padding is None else cache.padding
-        return fixed
-
-    def __call__(self, ids: Tensor, cache: KVCache) -> tuple[Tensor, None]:
-        """ what the model returns, logits (B, 1, V) and None """
-        return self.model(ids, cache=cache)[0].clone(), None   # the next run of the graph overwrites it
 
 
 # ---- GPT-2's weights, from the Hugging Face Hub or a folder in its format

@@ -1,4 +1,4 @@
-""" What of a model is trained when, one update of it, and the state of its optimizer.
+""" What of a model is trained when, Muon, one update, and the state of the optimizer.
 
     stages = unfreezing('head:1000,all', n_layer=12)   # [(0, 13), (1000, 0)]
     train_only(model, frozen_at(stages, iter_num))
@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 
-from common import fail, one_line_errors
+from common import fail, one_line_errors, resolve_dtype
 from model import FUSED, GPT, add_lora, fingerprint
 
 # ---- gradual unfreezing (https://arxiv.org/abs/1801.06146)
@@ -48,9 +48,9 @@ def train_only(model: GPT, frozen: int) -> str:
     gradient reaches it as the embedding, through the frozen parts.
     """
     model.frozen = frozen
-    embeddings = [model.transformer.wpe] + [model.transformer.wte] * (not model.config.tie)
-    for part in embeddings:
-        part.requires_grad_(frozen == 0)
+    tied = ['wte'] * model.config.tie
+    for name in {'wpe', 'wte'} & {*model.transformer} - {*tied}:
+        model.transformer[name].requires_grad_(frozen == 0)
     for i, block in enumerate(model.transformer.h, 1):
         block.requires_grad_(i >= frozen)
     if not frozen:
@@ -81,7 +81,101 @@ def start_adapter(model: GPT, start: dict, config: dict) -> dict:
     return {'lora': lora, 'base': base}
 
 
+# ---- Muon, https://kellerjordan.github.io/posts/muon
+
+def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
+    """ matrices (n, rows, columns) with all singular values moved to about 1, by Newton-Schulz iterations
+
+    Five bring those from 0.002 of the matrix's norm on to between 0.68 and 1.21; smaller ones grow up to 485 times.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315   # the published ones: a is as steep as the rest allows
+    x = matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices   # so the squares are small
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):              # to a x + b (x x') x + c (x x') (x x') x
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x if x.shape == matrices.shape else x.mT
+
+
+class Muon(torch.optim.AdamW):
+    """ AdamW, and for the last group Muon: its momentum, orthogonalized, all matrices of a shape in one product
+
+    That is in bfloat16 where the hardware has it, else in float32: torch.optim.Muon, always in bfloat16, is slow there.
+    Of several processes each keeps the momentum of its share of the matrices and computes their steps, which all apply.
+    All must call state_dict, because rank 0 gathers the momenta.
+    """
+
+    def __init__(self, groups: list[dict], **options):
+        super().__init__(groups, **options)
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.stacks = {}   # matrices by shape; the i-th of each is rank i % world_size's
+        for p in self.param_groups[-1]['params']:
+            self.stacks.setdefault(p.shape, []).append(p)
+        for stack in self.stacks.values():
+            for p in stack[self.rank::self.world_size]:
+                self.state[p].update(step=torch.zeros(()), momentum_buffer=torch.zeros_like(p))   # AdamW wants a step
+        auto = resolve_dtype('auto', p.device.type)
+        self.dtype = auto if auto == torch.bfloat16 else torch.float32
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """ one update; none where found_inf is set, as in the fused AdamW """
+        *others, group = everything = self.param_groups
+        self.param_groups = others
+        super().step()
+        self.param_groups = everything
+        bad = getattr(self, 'found_inf', torch.zeros(()))
+        for (rows, columns), stack in self.stacks.items():
+            steps = self._steps(stack, group['momentum'], bad)
+            rate = group['lr'] * (1 - bad)
+            torch._foreach_mul_(stack, 1 - rate * group['weight_decay'])
+            torch._foreach_sub_(stack, list(steps * (rate * max(1, rows / columns) ** 0.5)))
+
+    def _steps(self, stack: list[Tensor], momentum: float, bad: Tensor) -> Tensor:
+        """ (n, rows, columns) of all n in stack, from the gradients that were added to the momenta, unless bad """
+        mine = stack[self.rank::self.world_size]
+        steps = stack[0].new_zeros(-(-len(stack) // self.world_size), *stack[0].shape, dtype=self.dtype)
+        if mine:
+            momenta = [self.state[p]['momentum_buffer'] for p in mine]
+            average = torch.stack(momenta)
+            gradient = torch.stack([p.grad for p in mine]).where(bad == 0, average)
+            torch._foreach_copy_(momenta, list(average.lerp_(gradient, 1 - momentum)))
+            steps[:len(mine)] = orthogonalized(gradient.lerp_(average, momentum).to(self.dtype))   # Nesterov's
+        if self.world_size > 1:
+            everyones = [torch.empty_like(steps) for _ in range(self.world_size)]
+            dist.all_gather(everyones, steps)
+            steps = torch.stack(everyones, dim=1).flatten(0, 1)
+        return steps[:len(stack)].float()
+
+    def state_dict(self) -> dict:
+        """ on rank 0 with all momenta, on the others with their own """
+        for stack in self.stacks.values() if self.world_size > 1 else ():
+            for i, p in enumerate(stack):
+                owner = i % self.world_size
+                momentum = self.state[p]['momentum_buffer'] if owner == self.rank else torch.empty_like(p)
+                dist.broadcast(momentum, owner)
+                if self.rank == 0 < owner:   # on the host, in the same memory each time
+                    if not self.state[p]:
+                        self.state[p].update(step=torch.zeros(()), momentum_buffer=torch.zeros_like(p, device='cpu'))
+                    self.state[p]['momentum_buffer'].copy_(momentum)
+        return super().state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        """ a whole one; each process keeps its own """
+        super().load_state_dict(state)
+        for stack in self.stacks.values():
+            for i, p in enumerate(stack):
+                if i % self.world_size != self.rank:
+                    self.state.pop(p, None)
+
+
 # ---- an update
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """ the learning rate; Muon's is in proportion to it """
+    for group in optimizer.param_groups:
+        group['lr'] = lr * group.get('lr_scale', 1)
+
 
 def update(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, loss: Tensor,
            grad_clip: float) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,7 @@ top_k = 200               # draw from the k likeliest tokens only, 0: from all
 top_p = 1.0               # from the likeliest that together have this probability
 min_p = 0.0               # from those with at least this share of the likeliest's probability
 repetition_penalty = 1.0  # above 1: less of what is there already
+block_size = 0            # longest context, 0: as trained; rope and alibi can do with more
 exact_context = False     # past block_size see the last block_size tokens, not the last half and more: much slower
 seed = 1337               # of a prompt's first sample, each next one has the next
 # how to compute
@@ -47,8 +48,7 @@ from tqdm import tqdm
 import checkpoint
 from common import atomic_write, fail, one_line_errors, print0, require, resolve_device, resolve_dtype, try_compile
 from dataset import Ending, sha256_of, tokenizer_of
-from engine import Sampling, generate, prepare, stream
-from model import STATIC, CompiledStep
+from engine import STATIC, CompiledStep, Sampling, generate, prepare, stream
 
 # ---- functions
 
@@ -134,7 +134,7 @@ def converse():
 if interactive and (prompts or out):
     fail("--interactive=True asks for its prompts and prints, --prompts and --out do not go with it")
 require(config, 1, 'num_samples', 'max_new_tokens')
-require(config, 0, 'temperature', 'top_k')
+require(config, 0, 'temperature', 'top_k', 'block_size')
 with one_line_errors():
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     if start.startswith('FILE:'):
@@ -153,7 +153,7 @@ with one_line_errors():
     starts = [ids_of(prompt) for prompt in prompts]
 longest, total = max(map(len, starts)), 1 if interactive else len(prompts) * num_samples
 # ---- model
-model = checkpoint.build_model(trained, dropout=0.0).to(device)
+model = checkpoint.build_model(trained, block_size, dropout=0.0).to(device)
 if longest > (limit := model.config.block_size):
     print(f"note: of the prompt's {longest:,} tokens the model sees the last {limit:,}", file=sys.stderr)
 rows = min(total, model.texts_in_memory(longest + max_new_tokens))

@@ -47,13 +47,20 @@ n_embd = 768
 dropout = 0.0                         # 0 for pretraining, 0.1 and more for small data
 bias = False                          # in linear and norm layers
 vocab_size = 0                        # 0: the dataset's; GPT-2's is rounded up to 50304
+pos = 'learned'                       # 'rope' (arXiv 2104.09864) or 'alibi' (arXiv 2108.12409)
+rope_base = 10000.0
+window = 0                            # attend to so many positions only, 0: to all
+n_kv_head = 0                         # grouped-query attention (arXiv 2305.13245), 0: n_head
+qk_norm = False                       # normalize queries and keys (arXiv 2010.04245)
 # finetuning of what init_from has
 lora_rank = 0                         # of what is trained beside the frozen weights (arXiv 2106.09685), 0: train all
 lora_alpha = 16.0                     # its output counts alpha / rank
 lora_dropout = 0.0
 lora_targets = 'c_attn'               # the layers that get one: c_attn,c_proj,c_fc
 unfreeze = ''                         # 'head:1000,3:1000,all': first the head, then the last 3 blocks too, then all
-# AdamW
+# optimizer
+optimizer = 'adamw'                   # 'muon': for the matrices in the blocks, with AdamW for the rest
+muon_lr = 0.02                        # its highest, in proportion to learning_rate
 learning_rate = 6e-4                  # the highest
 max_iters = 600000                    # updates in all
 weight_decay = 1e-1
@@ -63,6 +70,8 @@ adam_eps = 1e-8                       # larger, such as 1e-5, where a run diverg
 grad_clip = 1.0                       # largest gradient norm, 0: no limit
 # learning rate schedule
 decay_lr = True                       # False: constant
+schedule = 'cosine'                   # to min_lr; 'linear': constant, then linear to 0
+cooldown = 0.4                        # the share of lr_decay_iters in which 'linear' falls
 warmup_iters = 2000
 lr_decay_iters = 600000               # about max_iters (https://arxiv.org/abs/2203.15556)
 min_lr = 6e-5                         # about learning_rate / 10
@@ -86,14 +95,17 @@ from common import device_name, duration, fail, gather, one_line_errors, print0,
 from dataset import batch_seed, check_fits, open_dataset
 from logger import Logger, draw_runs
 from model import GPT, GPTConfig, lora_weights
-from optim import frozen_at, load_optimizer, start_adapter, train_only, unfreezing, update
+from optim import frozen_at, load_optimizer, set_rate, start_adapter, train_only, unfreezing, update
 
 # ---- set-up
 require(config, 1, 'gradient_accumulation_steps', 'batch_size', 'block_size', 'eval_interval', 'log_interval')
 require(config, 0, 'max_iters', 'eval_iters', 'warmup_iters', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip',
         'vocab_size', 'save_interval', 'lora_rank')
-if parallel not in ('ddp', 'fsdp'):
-    fail(f"--parallel={parallel} is neither ddp nor fsdp")
+for key, known in dict(parallel=('ddp', 'fsdp'), optimizer=('adamw', 'muon'), schedule=('cosine', 'linear')).items():
+    if config[key] not in known:
+        fail(f"--{key}={config[key]} is neither {' nor '.join(known)}")
+if not 0 < cooldown <= 1:
+    fail(f"--cooldown={cooldown} must be above 0 and at most 1")
 if decay_lr and warmup_iters >= lr_decay_iters:
     print0(f"warning: warmup_iters={warmup_iters} is not below lr_decay_iters={lr_decay_iters}, "
            "so the learning rate falls to min_lr right after the warm-up")
@@ -171,14 +183,16 @@ else:
     if not vocab_size:
         vocab_size = meta['vocab_size'] if meta['tokenizer']['name'] == 'char' else -(-meta['vocab_size'] // 64) * 64
     with one_line_errors():
-        model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias))
+        model = GPT(GPTConfig.of(config, vocab_size=vocab_size))
 if lora_rank and not resumed:
     start |= start_adapter(model, start, config)
-if block_size < model.config.block_size:
+if block_size < model.config.block_size or model.config.pos != 'learned':
     model.crop_block_size(block_size)
 adapter = {key: start[key] for key in ('lora', 'base') if key in start}   # {} where all weights are trained
 if adapter and unfreeze:
     fail("LoRA freezes all the weights there were, --unfreeze names those to train; choose one")
+if optimizer == 'muon' and (adapter or unfreeze or parallel == 'fsdp' or not learning_rate > 0 < muon_lr):
+    fail("--optimizer=muon goes with a --learning_rate and --muon_lr above 0, all weights trained, and --parallel=ddp")
 block_size = model.config.block_size
 check_fits(splits, model.config.vocab_size, block_size)
 if parallel == 'fsdp' and world_size > 1:
@@ -196,7 +210,8 @@ elapsed = start.get('elapsed', 0.0)             # seconds of training
 # ---- optimizer
 with one_line_errors():
     stages = unfreezing(unfreeze, model.config.n_layer)
-    optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, eps=adam_eps)
+    optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, eps=adam_eps,
+                                           muon_lr=muon_lr * (optimizer == 'muon'))
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)   # small gradients would be 0 in float16
 if stages:
     print0(f"iter {iter_num}: training {train_only(model, frozen_at(stages, iter_num))}")
@@ -206,11 +221,13 @@ if resumed:
 
 
 def get_lr(it):
-    """ linear warm-up to learning_rate, then half a cosine down to min_lr at lr_decay_iters """
+    """ linear warm-up to learning_rate, then half a cosine to min_lr at lr_decay_iters, or constant and linear to 0 """
     if not decay_lr:
         return learning_rate
     if it < warmup_iters:
         return learning_rate * (it + 1) / (warmup_iters + 1)
+    if schedule == 'linear':
+        return learning_rate * max(0, min(1, (lr_decay_iters - it) / (cooldown * lr_decay_iters)))
     if it >= lr_decay_iters:
         return min_lr
     progress = (it - warmup_iters) / (lr_decay_iters - warmup_iters)
@@ -356,8 +373,7 @@ while True:
     if (frozen := frozen_at(stages, iter_num)) != raw_model.frozen:
         print0(f"iter {iter_num}: training {train_only(raw_model, frozen)}")
     lr = get_lr(iter_num)
-    for group in optimizer.param_groups:
-        group['lr'] = lr
+    set_rate(optimizer, lr)
     loss = add_gradients(iter_num)
     norm, bad = update(raw_model, optimizer, scaler, loss, grad_clip)
     bad_steps, skipped = (bad_steps + 1) * bad, skipped + bad   # on the device, which need not be waited for

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
 import engine
-from engine import Sampling, generate, prepare, stream
-from model import GPT, STATIC, CompiledStep, GPTConfig, KVCache
+from engine import STATIC, CompiledStep, Sampling, generate, prepare, stream
+from model import GPT, GPTConfig, KVCache
 
 
 @pytest.fixture
