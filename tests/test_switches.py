@@ -44,6 +44,7 @@ def ids(*shape, seed=0):
 @pytest.mark.parametrize('base', [10000.0, 100.0])
 def test_rope_products_depend_on_the_distance_only(base):
     """ of one query and one key, at any two positions; and position 0 changes nothing """
+    torch.manual_seed(0)
     gpt = GPT(GPTConfig(block_size=64, vocab_size=2, n_layer=1, n_head=2, n_embd=32, pos='rope', rope_base=base))
     cos, sin = gpt._rotation(torch.arange(64))                                      # (64, 1, 16)
     q, k = (torch.randn(1, 1, 1, 16, dtype=torch.float64).expand(1, 64, 1, 16) for _ in 'qk')
@@ -58,6 +59,7 @@ def test_rope_products_depend_on_the_distance_only(base):
 
 def test_rope_turns_pair_i_by_position_times_base_to_minus_2i_over_hs():
     """ equations 14 and 15 of the paper, with complex numbers; the pairs are channels i and i + hs/2 """
+    torch.manual_seed(0)
     gpt = GPT(GPTConfig(block_size=64, vocab_size=2, n_layer=1, n_head=2, n_embd=32, pos='rope', rope_base=500.0))
     x = torch.randn(1, 64, 1, 16, dtype=torch.float64)
     angles = torch.arange(64)[:, None] * 500.0 ** (-2 * torch.arange(8, dtype=torch.float64) / 16)
