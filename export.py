@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import asdict
 
 from configurator import configure
 
@@ -42,10 +41,9 @@ def write(name, content):
         json.dump(content, file, indent=2)
 
 
-def refuse_others(*known):
-    """ end if the model has an option of ours, besides those known, that the format does not """
-    args = GPTConfig(**trained['model_args']).model_args()
-    others = [f'{key}={args[key]}' for key in args if key not in (*NANOGPT, *known)]
+def refuse_others(gpt, *known):
+    """ end if the model's config has an option of ours, besides those known, that the format does not """
+    others = [f'{key}={value}' for key, value in gpt.model_args().items() if key not in (*NANOGPT, *known)]
     if others:
         fail(f"{'nanoGPT' if to == 'nanogpt' else 'GPT-2 in transformers'} has no model with {', '.join(others)}")
 
@@ -54,7 +52,7 @@ def huggingface():
     """ GPT-2's names are ours; linear layers are stored the other way round, and all have a bias """
     model = checkpoint.build_model(trained)
     gpt, weights, size = model.config, {}, model.config.vocab_size
-    refuse_others('gelu', 'norm_eps', 'tie')
+    refuse_others(gpt, 'gelu', 'norm_eps', 'tie')
     tokenizer = tokenizer_of(trained) if trained.get('tokenizer') or 'path' in trained else None
     if tokenizer:
         size = tokenizer.vocab_size   # without the rows that only make the matrix a handy size
@@ -106,16 +104,15 @@ def peft():
 
 def nanogpt():
     """ nanoGPT's keys alone; its optimizer too, so that it resumes, unless that is an adapter's """
-    refuse_others('gelu')
-    args = asdict(GPTConfig(**trained['model_args']))
-    if args.get('gelu') == 'tanh':
+    refuse_others(gpt := GPTConfig(**trained['model_args']), 'gelu')
+    if gpt.gelu == 'tanh':
         print0("note: nanoGPT computes GPT-2's GELU by erf; that moves the logits by about 0.001")
     state = {key: trained[key] for key in ('model', 'iter_num', 'best_val_loss', 'config') if key in trained}
     if 'lora' not in trained and 'optimizer' in trained:
         state['optimizer'] = trained['optimizer']
     else:
         print0("note: there is no optimizer in it, so nanoGPT samples from it, and does not resume")
-    if not checkpoint.save(path, {**state, 'model_args': {key: args[key] for key in NANOGPT}}):
+    if not checkpoint.save(path, {**state, 'model_args': {key: getattr(gpt, key) for key in NANOGPT}}):
         fail(f"{path} was not written")
 
 

@@ -302,7 +302,7 @@ class GPT(nn.Module):
 
         Text before an end-of-text token stays visible: documents are told apart by the token, as GPT-2 was trained.
         """
-        T, device, window, padding = len(places), places.device, self.config.window, cache and cache.padding
+        T, device, window, padding = len(places), places.device, self.config.window, cache.padding if cache else None
         alibi_heads = self.config.n_head if self.config.pos == 'alibi' else 0
         if not alibi_heads and not 0 < window < S:   # all before, and nothing else
             if cache is None or S == T and padding is None:
