@@ -271,19 +271,24 @@ def build_model(checkpoint: dict, block_size: int = 0, **changes) -> GPT:
     return model
 
 
-def check_start(checkpoint: dict, config: dict, data: dict) -> None:
-    """ print what a run sets differently; SystemExit where its tokenizer, tokens or sha256 (data) are not the same """
+def check_start(checkpoint: dict, config: dict, data: dict) -> int:
+    """ print what a run sets differently, return its block_size; SystemExit where tokenizer, tokens or sha256 differ
+
+    data has the dataset's. A context grows where there is no position table, but not in the middle of a training.
+    """
     was = {'lora_rank': 0} if 'iter_num' in checkpoint else {}   # weights alone may get an adapter
     args = {**vars(GPTConfig()), **checkpoint['model_args']}
+    grows = args['pos'] != 'learned' and (config['eval_only'] or 'iter_num' not in checkpoint)
     was |= {**checkpoint.get('config', {}), **args}
     for key in sorted(was.keys() & config.keys() - {'init_from', 'out_dir', 'eval_only'}):
         now, old = config[key], was[key]
         if now == old or key == 'vocab_size' and not now:
             continue
         fixed = key in args and key != 'dropout' or key.startswith('lora_')
-        fixed &= key != 'block_size' or now > old and args['pos'] == 'learned'
+        fixed &= key != 'block_size' or now > old and not grows
         print0(f"checkpoint: {key} " + (f"stays {old!r}, not {now!r}" if fixed else f"was {old!r}, is {now!r}"))
     for key, now in data.items():
         if (old := checkpoint.get(key)) and now and now != old:
             fail(f"the checkpoint's {key} was {old}, this dataset's is {now}; a model keeps its tokenizer, "
                  "a resumed run its data too (--init_from=ckpt:PATH starts anew on other data)")
+    return config['block_size'] if grows else min(config['block_size'], args['block_size'])

@@ -263,8 +263,8 @@ def evaluate(run, task):
     else:
         items, sha256, run.folder = read_items(task, template, from_hub)
         kind = kind_of(items[0])
-    settings = ('num_fewshot', 'template', 'from_hub', 'data', 'stride', 'block_size', 'split', 'max_new_tokens',
-                'limit', 'seed')
+    settings = ('num_fewshot', 'template', 'from_hub', 'data', 'stride', *['block_size'] * (block_size > 0), 'split',
+                'max_new_tokens', 'limit', 'seed')
     entry = {'task': task, 'model': run.name, 'path': run.path, 'model_sha256': run.sha256, 'data_sha256': sha256,
              'dtype': str(numbers).removeprefix('torch.'), **{key: config[key] for key in settings}}
     key = hashlib.sha256(json.dumps({**entry, 'model': '', 'path': ''}).encode()).hexdigest()[:16]

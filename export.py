@@ -52,7 +52,6 @@ def huggingface():
     """ GPT-2's names are ours; linear layers are stored the other way round, and all have a bias """
     model = checkpoint.build_model(trained)
     gpt, weights, size = model.config, {}, model.config.vocab_size
-    refuse_others(gpt, 'gelu', 'norm_eps', 'tie')
     tokenizer = tokenizer_of(trained) if trained.get('tokenizer') or 'path' in trained else None
     if tokenizer:
         size = tokenizer.vocab_size   # without the rows that only make the matrix a handy size
@@ -103,13 +102,14 @@ def peft():
 
 
 def nanogpt():
-    """ nanoGPT's keys alone; its optimizer too, so that it resumes, unless that is an adapter's """
+    """ nanoGPT's keys alone; its optimizer too, so that it resumes, unless that is an adapter's or Muon """""
     refuse_others(gpt := GPTConfig(**trained['model_args']), 'gelu')
     if gpt.gelu == 'tanh':
         print0("note: nanoGPT computes GPT-2's GELU by erf; that moves the logits by about 0.001")
     state = {key: trained[key] for key in ('model', 'iter_num', 'best_val_loss', 'config') if key in trained}
-    if 'lora' not in trained and 'optimizer' in trained:
-        state['optimizer'] = trained['optimizer']
+    optimizer = trained.get('optimizer', {})
+    if 'lora' not in trained and len(optimizer.get('param_groups', ())) == 2:   # not Muon's three
+        state['optimizer'] = optimizer
     else:
         print0("note: there is no optimizer in it, so nanoGPT samples from it, and does not resume")
     if not checkpoint.save(path, {**state, 'model_args': {key: getattr(gpt, key) for key in NANOGPT}}):
@@ -128,6 +128,7 @@ if to == 'peft' and 'lora' not in trained:
 if to == 'nanogpt':
     nanogpt()
 else:
+    refuse_others(GPTConfig(**trained['model_args']), 'gelu', 'norm_eps', 'tie')
     try:
         os.makedirs(parent := os.path.dirname(os.path.abspath(path)), exist_ok=True)
         with tempfile.TemporaryDirectory(dir=parent, ignore_cleanup_errors=True) as folder:

@@ -5,6 +5,7 @@ hs = C / nh channels each (keys and values may have fewer heads); with a cache, 
 input last.
 """
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 NANOGPT = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')   # the options that it has
+TRITON = importlib.util.find_spec('triton')   # which FlexAttention is compiled with
 
 
 @dataclass
@@ -103,8 +105,9 @@ def sparse_attention(T: int, window: int, alibi_heads: int, device: torch.device
 
     def nearer(score, batch, head, query, key):
         return score if slopes is None else score + slopes[head] * (key - query)
-    return partial(torch.compile(flex_attention), score_mod=nearer, enable_gqa=True,
-                   block_mask=create_block_mask(seen, None, None, T, T, device))
+    kernel = partial(torch.compile(flex_attention), score_mod=nearer, enable_gqa=True,
+                     block_mask=create_block_mask(seen, None, None, T, T, device))
+    return lambda *qkv: kernel(*(each.contiguous() for each in qkv))   # as views PyTorch 2.13 misreads them on the CPU
 
 
 # ---- layers
@@ -135,6 +138,7 @@ class CausalSelfAttention(nn.Module):
         if callable(attn_mask):
             y = attn_mask(q, k, v)
         else:
+            attn_mask = attn_mask.type_as(q) if attn_mask is not None and attn_mask.is_floating_point() else attn_mask
             y = F.scaled_dot_product_attention(q, k, v, attn_mask, self.dropout if self.training else 0.0, is_causal,
                                                enable_gqa=self.heads[0] > self.heads[1])
         y = y.transpose(1, 2).reshape(B, T, C)                                      # heads side by side again
@@ -309,11 +313,12 @@ class GPT(nn.Module):
                 return None, True
             if T == 1 and padding is None and not isinstance(cache.length, Tensor):
                 return None, False
-        if cache is None and places.is_cuda and not (self.training and self.config.dropout):
-            return sparse_attention(T, window, alibi_heads, device), False
-        # is_causal would align the triangle at the first key, not at the last
+        if (TRITON and places.is_cuda and cache is None and not (self.training and self.config.dropout)
+                and self.transformer.h[0].attn.hs >= 16):
+            build = torch.compiler.disable(sparse_attention)   # a forward that is compiled would build it each time
+            return build(T, window, alibi_heads, device), False
         keys, queries = torch.arange(S, device=device), places[:, None]
-        mask = keys <= queries                                                # (T, S)
+        mask = keys <= queries       # (T, S); is_causal would align the triangle at the first key, not at the last
         if window:
             mask = mask & (keys > queries - window)
         if padding is not None:
@@ -321,7 +326,7 @@ class GPT(nn.Module):
             mask = (mask & shown | (keys == queries))[:, None]                # (B, 1, T, S), never a row of nothing
         if alibi_heads:
             scores = alibi_slopes(alibi_heads, device)[:, None, None] * (keys - queries)   # (nh, T, S)
-            mask = scores.masked_fill(~mask, -math.inf).to(self.transformer.wte.weight.dtype)
+            mask = scores.masked_fill(~mask, -math.inf)
         return mask, False
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, *, cache: KVCache | None = None,
@@ -392,16 +397,15 @@ class GPT(nn.Module):
         memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 4 if hasattr(os, 'sysconf') else 2e9
         if device.type == 'cuda':
             memory = torch.cuda.mem_get_info(device)[0] / 2
-        masks = self.config.n_head if self.config.pos == 'alibi' else 1
-        numbers = 2 * self.config.n_layer * C * T    # keys and values, at most
-        numbers += 20 * C * T + masks * T * T        # a block's activations, and the mask, at the prompt
-        numbers += 10 * self.config.vocab_size       # scores, their order, their sums in float64
+        masks = self.config.n_head if self.config.pos == 'alibi' or self.config.n_kv_head else 1
+        numbers = (2 * self.config.n_layer + 20) * C * T   # keys and values, at most, and a block's activations
+        numbers += masks * T * T + 10 * self.config.vocab_size   # at the prompt; scores, their order and sums
         return max(1, int(memory / (4 * numbers)))
 
     def crop_block_size(self, block_size: int) -> None:
         """ shorten the longest context, in place, or lengthen it where no table limits it; ValueError if one does """
-        if not 1 <= block_size <= (self.config.block_size if self.config.pos == 'learned' else 2**30):
-            raise ValueError(f"block_size={block_size} must be 1 to {self.config.block_size}, a model cannot grow")
+        if not 1 <= block_size <= (most := self.config.block_size if self.config.pos == 'learned' else 2**30):
+            raise ValueError(f"block_size={block_size} must be 1 to {most}, the longest that this model can have")
         self.config.block_size = block_size
         if self.config.pos == 'learned':
             table = self.transformer.wpe.weight

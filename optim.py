@@ -221,6 +221,8 @@ def _fit(moment: Tensor, parameter: Tensor) -> Tensor:
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """ take over the moments; the settings (rates, decay, fused) stay those of this run, not the checkpoint's """
     try:
+        if len(state['param_groups']) != len(optimizer.param_groups):
+            raise ValueError("it is that of another --optimizer")
         # before loading, because fused decides on which device the step counts are kept
         groups = [{**saved, **own, 'params': saved['params']}
                   for saved, own in zip(state['param_groups'], optimizer.param_groups, strict=True)]

@@ -100,7 +100,7 @@ from optim import frozen_at, load_optimizer, set_rate, start_adapter, train_only
 # ---- set-up
 require(config, 1, 'gradient_accumulation_steps', 'batch_size', 'block_size', 'eval_interval', 'log_interval')
 require(config, 0, 'max_iters', 'eval_iters', 'warmup_iters', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip',
-        'vocab_size', 'save_interval', 'lora_rank')
+        'vocab_size', 'save_interval', 'lora_rank', 'muon_lr')
 for key, known in dict(parallel=('ddp', 'fsdp'), optimizer=('adamw', 'muon'), schedule=('cosine', 'linear')).items():
     if config[key] not in known:
         fail(f"--{key}={config[key]} is neither {' nor '.join(known)}")
@@ -108,7 +108,7 @@ if not 0 < cooldown <= 1:
     fail(f"--cooldown={cooldown} must be above 0 and at most 1")
 if decay_lr and warmup_iters >= lr_decay_iters:
     print0(f"warning: warmup_iters={warmup_iters} is not below lr_decay_iters={lr_decay_iters}, "
-           "so the learning rate falls to min_lr right after the warm-up")
+           "so the learning rate is at its lowest right after the warm-up")
 device = common.resolve_device(device)
 with one_line_errors():
     rank, world_size = common.start_processes(device, backend)
@@ -131,6 +131,7 @@ dtype = common.resolve_dtype(dtype, device_type)
 context = common.autocast(device_type, dtype)
 peak = common.peak_flops(device_name(device), dtype)   # FLOP/s or None
 common.choose_products(device_type, block_size)
+common.keep_freed_memory()
 torch.manual_seed(seed % 2**63)                 # any int will do
 generators = torch.default_generator if device_type == 'cpu' else torch.get_device_module(device_type)
 reseed = generators.manual_seed                 # dropout's alone: torch.manual_seed visits every device, 90 us
@@ -177,7 +178,7 @@ def to_device(rows):
 start = checkpoint.starting_point(init_from, out_dir)   # {} for a new model
 resumed = 'iter_num' in start
 if start:
-    checkpoint.check_start(start, config, {key: meta[key] for key in ('tokenizer', 'tokens', 'sha256')})
+    block_size = checkpoint.check_start(start, config, {key: meta[key] for key in ('tokenizer', 'tokens', 'sha256')})
     model = checkpoint.build_model(start, dropout=dropout)
 else:
     if not vocab_size:
@@ -186,14 +187,16 @@ else:
         model = GPT(GPTConfig.of(config, vocab_size=vocab_size))
 if lora_rank and not resumed:
     start |= start_adapter(model, start, config)
-if block_size < model.config.block_size or model.config.pos != 'learned':
+if block_size != model.config.block_size:
     model.crop_block_size(block_size)
 adapter = {key: start[key] for key in ('lora', 'base') if key in start}   # {} where all weights are trained
 if adapter and unfreeze:
     fail("LoRA freezes all the weights there were, --unfreeze names those to train; choose one")
-if optimizer == 'muon' and (adapter or unfreeze or parallel == 'fsdp' or not learning_rate > 0 < muon_lr):
-    fail("--optimizer=muon goes with a --learning_rate and --muon_lr above 0, all weights trained, and --parallel=ddp")
-block_size = model.config.block_size
+if optimizer == 'muon':
+    for name, given in {'LoRA': adapter, '--unfreeze': unfreeze, '--parallel=fsdp': parallel == 'fsdp',
+                        'a --learning_rate of 0': not learning_rate, 'a --muon_lr of 0': not muon_lr}.items():
+        if given:
+            fail(f"--optimizer=muon does not go with {name}")
 check_fits(splits, model.config.vocab_size, block_size)
 if parallel == 'fsdp' and world_size > 1:
     from torch.distributed.fsdp import fully_shard
@@ -226,10 +229,11 @@ def get_lr(it):
         return learning_rate
     if it < warmup_iters:
         return learning_rate * (it + 1) / (warmup_iters + 1)
-    if schedule == 'linear':
-        return learning_rate * max(0, min(1, (lr_decay_iters - it) / (cooldown * lr_decay_iters)))
     if it >= lr_decay_iters:
-        return min_lr
+        return min_lr if schedule == 'cosine' else 0.0
+    if schedule == 'linear':
+        fall = min(cooldown * lr_decay_iters, lr_decay_iters - warmup_iters)
+        return learning_rate * min(1, (lr_decay_iters - it) / fall)
     progress = (it - warmup_iters) / (lr_decay_iters - warmup_iters)
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
 

@@ -3,6 +3,7 @@ import contextlib
 import io
 import itertools
 import os
+import platform
 import stat
 import subprocess
 import sys
@@ -74,6 +75,22 @@ def test_products_stay_float32():
     for rows, inner, columns in itertools.product((1, 12, 256, 1024), (64, 768), (65, 2048)):
         one, two = torch.full((rows, inner), 1 + 2**-12), torch.full((inner, columns), 1 + 2**-12)
         assert ((one @ two / inner - 1) / (2**-11 + 2**-24) - 1).abs().max() < 1e-2
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason="glibc's allocator")
+@pytest.mark.parametrize('line', ['', 'common.keep_freed_memory()'])
+def test_freed_memory_is_kept(line):
+    """ megabytes that the process still has of 20 tensors of 16 MB, which usually go back to the system """
+    code = (f'import torch, common\n{line}\nmemory = lambda: int(open("/proc/self/statm").read().split()[1])\n'
+            'torch.ones(2**20)\nbefore = memory()\ntensors = [torch.ones(2**22) for _ in range(20)]\ndel tensors\n'
+            'print((memory() - before) * 4096 / 2**20)')
+    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert (float(run.stdout) > 300) == bool(line) and (float(run.stdout) < 40) != bool(line)
+
+
+def test_an_allocator_that_has_no_such_settings(monkeypatch):
+    monkeypatch.setattr('ctypes.CDLL', lambda name: object())
+    common.keep_freed_memory()
 
 
 @pytest.mark.parametrize('name, bf16, fp16', [

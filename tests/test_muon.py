@@ -188,6 +188,17 @@ def test_processes_are_one(tiny, script, processes, world_size, monkeypatch):
     script('train.py', *options, '--out_dir=several', '--init_from=resume', '--max_iters=7')   # one takes over
 
 
+@pytest.mark.slow
+def test_processes_are_nearly_one_in_bfloat16(tiny, script, processes, monkeypatch):
+    monkeypatch.setattr('optim.resolve_dtype', lambda *device: torch.bfloat16)
+    options = [*TINY, *MUON, '--gradient_accumulation_steps=2']
+    script('train.py', *options, '--out_dir=one')
+    run = processes(2, 'train.py', *options, '--out_dir=two', patch=COUNT.replace('float32', 'bfloat16'))
+    assert run.wait() == [0, 0], run.text()
+    one, two = load('one/ckpt.pt')['model'], load('two/ckpt.pt')['model']
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 2e-3
+
+
 def test_float16(tiny, script):
     """ with a gradient scaler """
     state = script('train.py', *TINY, *MUON, '--dtype=float16', '--max_iters=3')
@@ -198,9 +209,9 @@ def test_float16(tiny, script):
 @pytest.mark.parametrize('arguments, words', [
     (['--optimizer=sgd'], '--optimizer=sgd is neither adamw nor muon'),
     (['--schedule=step'], '--schedule=step is neither cosine nor linear'), (['--cooldown=0'], '--cooldown=0.0 must be'),
-    (['--cooldown=1.5'], '--cooldown=1.5'), ([*MUON, '--parallel=fsdp'], '--optimizer=muon goes with'),
-    ([*MUON, '--unfreeze=head:2,all'], '--optimizer=muon goes with'), ([*MUON, '--muon_lr=0'], '--muon_lr above 0'),
-    ([*MUON, '--learning_rate=0'], '--learning_rate and --muon_lr above 0')])
+    (['--cooldown=1.5'], '--cooldown=1.5'), ([*MUON, '--parallel=fsdp'], 'not go with --parallel=fsdp'),
+    ([*MUON, '--unfreeze=head:2,all'], 'not go with --unfreeze'), ([*MUON, '--muon_lr=0'], 'with a --muon_lr of 0'),
+    ([*MUON, '--learning_rate=0'], 'with a --learning_rate of 0'), ([*MUON, '--muon_lr=-1'], '--muon_lr=-1.0 must')])
 def test_refused(tiny, fails, arguments, words):
     assert words in fails('train.py', *TINY, *arguments)[1] and not os.path.exists('out')
 
@@ -208,9 +219,17 @@ def test_refused(tiny, fails, arguments, words):
 def test_lora_and_another_optimizers_state_are_refused(tiny, script, fails):
     script('train.py', *TINY, '--out_dir=base')
     line = fails('train.py', *TINY, *MUON, '--init_from=ckpt:base/ckpt.pt', '--lora_rank=2')[1]
-    assert '--optimizer=muon goes with' in line
+    assert '--optimizer=muon does not go with LoRA' in line
     line = fails('train.py', *TINY, *MUON, '--init_from=resume', '--out_dir=base', '--max_iters=9')[1]
-    assert 'no optimizer state that fits' in line and '--init_from=ckpt:PATH takes its weights alone' in line
+    assert 'no optimizer state that fits' in line and 'another --optimizer' in line
+    assert '--init_from=ckpt:PATH takes its weights alone' in line
+
+
+def test_export_leaves_its_state_out_for_nanogpt(tiny, script, capsys):
+    """ which knows two groups of parameters and no third """
+    script('train.py', *TINY, *MUON)
+    script('export.py', '--out_dir=out', '--ckpt=last', '--to=nanogpt', '--path=plain.pt')
+    assert 'optimizer' not in load('plain.pt') and 'no optimizer in it' in capsys.readouterr().out
 
 
 def test_the_range_test_keeps_the_proportion(tiny, script):
@@ -230,3 +249,13 @@ def test_linear_schedule(tiny, script):
     assert [get_lr(it) for it in range(4)] == pytest.approx([1e-2 * (it + 1) / 5 for it in range(4)])
     assert get_lr(4) == get_lr(60) == 1e-2 and get_lr(80) == pytest.approx(5e-3) and get_lr(99) == pytest.approx(2.5e-4)
     assert get_lr(100) == get_lr(500) == 0
+
+
+def test_linear_schedule_when_the_warm_up_ends_late(tiny, script, capsys):
+    """ it falls from there, without a jump; and where nothing is left, it is 0 """
+    options = [*TINY, '--schedule=linear', '--learning_rate=1e-2', '--max_iters=0']
+    get_lr = script('train.py', *options, '--warmup_iters=80', '--lr_decay_iters=100')['get_lr']
+    assert get_lr(80) == 1e-2 and get_lr(90) == pytest.approx(5e-3) and get_lr(100) == 0
+    capsys.readouterr()
+    assert script('train.py', *options, '--warmup_iters=0', '--lr_decay_iters=0')['get_lr'](0) == 0
+    assert 'at its lowest right after the warm-up' in capsys.readouterr().out

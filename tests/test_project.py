@@ -10,10 +10,10 @@ import pytest
 from conftest import ROOT
 
 BUDGETS = {
-    'model.py': 650, 'train.py': 440, 'sample.py': 180, 'bench.py': 250, 'configurator.py': 110, 'common.py': 210,
-    'checkpoint.py': 290, 'logger.py': 160, 'dataset.py': 450, 'eval_downstream.py': 350, 'lr_find.py': 120,
+    'model.py': 655, 'train.py': 440, 'sample.py': 180, 'bench.py': 250, 'configurator.py': 110, 'common.py': 220,
+    'checkpoint.py': 295, 'logger.py': 160, 'dataset.py': 450, 'eval_downstream.py': 350, 'lr_find.py': 120,
     'export.py': 160,
-    'engine.py': 340, 'optim.py': 235, 'config/*.py': 45, 'data/*/prepare.py': 100,
+    'engine.py': 340, 'optim.py': 240, 'config/*.py': 45, 'data/*/prepare.py': 100,
 }
 FOLDERS = ('*.py', 'config/*.py', 'data/*/*.py', 'tests/*.py')
 SOURCES = [path for pattern in FOLDERS for path in glob.glob(pattern, root_dir=ROOT)]
