@@ -404,7 +404,8 @@ class GPT(nn.Module):
 
     def crop_block_size(self, block_size: int) -> None:
         """ shorten the longest context, in place, or lengthen it where no table limits it; ValueError if one does """
-        if not 1 <= block_size <= (most := self.config.block_size if self.config.pos == 'learned' else 2**30):
+        most = self.config.block_size if self.config.pos == 'learned' else 2**30
+        if not 1 <= block_size <= most:
             raise ValueError(f"block_size={block_size} must be 1 to {most}, the longest that this model can have")
         self.config.block_size = block_size
         if self.config.pos == 'learned':

@@ -140,8 +140,9 @@ def test_the_kernel_for_gpus_compiled(switch, monkeypatch):
     model, x, built = build(switch, block_size=256, n_embd=64).float(), ids(2, 256), []
     expected, real = model(x, x)[0], flex_attention.create_block_mask
     monkeypatch.setattr(flex_attention, 'create_block_mask', lambda *args: (built.append(1), real(*args))[1])
+    alibi_heads = 4 if switch['pos'] == 'alibi' else 0
     monkeypatch.setattr(GPT, '_visible', lambda self, cache, places, S: (
-        torch.compiler.disable(model_file.sparse_attention)(256, 40, 4 * (switch['pos'] == 'alibi'), places.device), False))
+        torch.compiler.disable(model_file.sparse_attention)(256, 40, alibi_heads, places.device), False))
     model_file.sparse_attention.cache_clear()
     for attempt in (model, *[torch.compile(model)] * 2):
         assert (attempt(x, x)[0] - expected).abs().max() < 1e-4 * expected.abs().max()
@@ -362,6 +363,8 @@ def test_a_context_can_grow_only_where_no_table_limits_it():
         assert torch.equal(model(ids(1, 16))[0], expected) and model(ids(1, 64))[0].isfinite().all()
         with pytest.raises(ValueError, match='65 tokens'):
             model(ids(1, 65))
+        with pytest.raises(ValueError, match='block_size=0 must be 1 to 1073741824'):
+            model.crop_block_size(0)
 
 
 @pytest.mark.parametrize('bad, words', [
