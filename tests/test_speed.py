@@ -556,7 +556,8 @@ def test_the_cpu_recipe_against_the_default(here):
 def test_each_part_of_the_recipe(here):
     """ with and without, three seeds by turns, half the recipe's length; the rates of AdamW alone are its own """
     variants = {'the recipe': [], 'pos=learned': ['--pos=learned'], 'qk_norm=False': ['--qk_norm=False'],
-                'n_kv_head=2': ['--n_kv_head=0'], 'optimizer=adamw': ['--optimizer=adamw', '--learning_rate=3e-3'],
+                'n_kv_head=2': ['--n_kv_head=0'],
+                'optimizer=adamw': ['--optimizer=adamw', '--learning_rate=4e-3', '--warmup_iters=50'],
                 'schedule=cosine': ['--schedule=cosine', '--min_lr=6e-4']}
     found = {name: [] for name in variants}
     for seed in (1337, 1, 2):
