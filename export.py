@@ -102,7 +102,7 @@ def peft():
 
 
 def nanogpt():
-    """ nanoGPT's keys alone; its optimizer too, so that it resumes, unless that is an adapter's or Muon """""
+    """ nanoGPT's keys alone; its optimizer too, so that it resumes, unless that is an adapter's or Muon's """
     refuse_others(gpt := GPTConfig(**trained['model_args']), 'gelu')
     if gpt.gelu == 'tanh':
         print0("note: nanoGPT computes GPT-2's GELU by erf; that moves the logits by about 0.001")
